@@ -13,6 +13,10 @@ pub const BLOCK_BYTES: u64 = 4096;
 ///
 /// Every call checks its range against [`BlockDevice::size_bytes`] and answers
 /// [`io::ErrorKind::InvalidInput`] outside it: the caller is a hostile guest.
+///
+/// Calls may come from several threads at once. A call that starts after another has returned sees
+/// its effect, whichever thread made it; calls that overlap in time and in range may be seen in
+/// any order, byte by byte, but none of them is lost.
 pub trait BlockDevice: Send + Sync + 'static {
     /// Size in bytes; a multiple of [`BLOCK_BYTES`].
     fn size_bytes(&self) -> u64;
@@ -42,4 +46,40 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// # Errors
     /// I/O errors of the backing files.
     fn flush(&self) -> io::Result<()>;
+}
+
+/// Refuses a range that does not lie inside a disk of `size_bytes`.
+pub(crate) fn check_range(size_bytes: u64, offset: u64, len: u64) -> io::Result<()> {
+    match offset.checked_add(len) {
+        Some(end) if end <= size_bytes => Ok(()),
+        _ => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "the range does not lie inside the disk",
+        )),
+    }
+}
+
+/// The length of a buffer as a disk length.
+pub(crate) fn len_u64(buf: &[u8]) -> u64 {
+    u64::try_from(buf.len()).expect("a slice is shorter than 2^63 bytes")
+}
+
+/// A disk length as an index into a buffer that is known to be that long.
+pub(crate) fn index(len: u64) -> usize {
+    usize::try_from(len).expect("the length was taken from a slice")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_that_wrap_or_pass_the_end_are_refused() {
+        assert!(check_range(8192, 0, 8192).is_ok());
+        assert!(check_range(8192, 8192, 0).is_ok());
+        for (offset, len) in [(0, 8193), (8192, 1), (u64::MAX, 1), (1, u64::MAX), (8193, 0)] {
+            let e = check_range(8192, offset, len).expect_err("outside");
+            assert_eq!(e.kind(), io::ErrorKind::InvalidInput);
+        }
+    }
 }

@@ -1,1 +1,128 @@
-fn main() {}
+//! `belljar`: every role of the server, and every command a user types.
+//!
+//! This crate composes and presents; what sandboxes are is decided below it.
+#![forbid(unsafe_code)]
+
+mod api;
+mod args;
+mod catalog;
+mod doctor;
+mod lock;
+mod output;
+mod preset;
+mod sandbox;
+mod server_file;
+mod template;
+mod template_build;
+mod up;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use belljar_daemon::telemetry::{self, LogFormat};
+use clap::Parser as _;
+use serde::Serialize;
+
+use api::{SdkEnv, Target};
+use args::{Cli, Command, SandboxCommand, TemplateCommand};
+use preset::Local;
+use server_file::Server;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let format = if cli.json { LogFormat::Json } else { LogFormat::Text };
+    telemetry::init(&cli.log, format);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => return fail(&anyhow::Error::new(e).context("failed to start the async runtime")),
+    };
+    match runtime.block_on(dispatch(cli)) {
+        Ok(code) => code,
+        Err(e) => fail(&e),
+    }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    use std::io::Write as _;
+    // With standard error closed there is nobody left to tell.
+    let _closed = writeln!(std::io::stderr(), "belljar: {error:#}").is_err();
+    ExitCode::FAILURE
+}
+
+async fn dispatch(cli: Cli) -> Result<ExitCode> {
+    let environment = Environment::read();
+    let local = Local::open(&cli.place, environment.home.as_deref())?;
+    let target = || Target::find(&local, &environment.sdk);
+    match cli.command {
+        Command::Up(options) => up::run(local, options, cli.json).await,
+        Command::Env => print_env(&local, cli.json),
+        Command::Doctor(options) => doctor::run(&local, &options, cli.json).await,
+        Command::Sandbox(SandboxCommand::List) => sandbox::list(target()?, cli.json).await,
+        Command::Sandbox(SandboxCommand::Kill { ids, all }) => {
+            sandbox::kill(target()?, cli.json, ids, all).await
+        }
+        Command::Sandbox(SandboxCommand::Exec { id, user, cwd, command }) => {
+            let exec = sandbox::Exec { id, user, cwd, command };
+            sandbox::exec(target()?, cli.json, exec).await
+        }
+        Command::Template(TemplateCommand::List) => template::list(target()?, cli.json).await,
+        Command::Template(TemplateCommand::Rootfs(options)) => {
+            template_build::rootfs(options, cli.json).await
+        }
+        Command::Template(TemplateCommand::Build(options)) => {
+            template_build::build(&local, options, cli.json).await
+        }
+    }
+}
+
+/// What is read from the environment besides the flags: once, here.
+struct Environment {
+    home: Option<PathBuf>,
+    sdk: SdkEnv,
+}
+
+impl Environment {
+    #[expect(clippy::disallowed_methods, reason = "this is main, where configuration is read")]
+    fn read() -> Environment {
+        let text = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        Environment {
+            home: text("HOME").map(PathBuf::from),
+            sdk: SdkEnv {
+                api_url: text("E2B_API_URL"),
+                sandbox_url: text("E2B_SANDBOX_URL"),
+                api_key: text("E2B_API_KEY"),
+            },
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Exports {
+    #[serde(rename = "E2B_API_KEY")]
+    api_key: String,
+    #[serde(rename = "E2B_API_URL")]
+    api_url: String,
+    #[serde(rename = "E2B_SANDBOX_URL")]
+    sandbox_url: String,
+}
+
+fn print_env(local: &Local, as_json: bool) -> Result<ExitCode> {
+    let server = Server::read(local)?;
+    let key_file = local.key_file();
+    let api_key = std::fs::read_to_string(&key_file)
+        .with_context(|| format!("failed to read {}", key_file.display()))?;
+    let exports = Exports {
+        api_key: api_key.trim().to_owned(),
+        api_url: server.api_url,
+        sandbox_url: server.sandbox_url,
+    };
+    if as_json {
+        output::json(&exports)?;
+    } else {
+        output::line(&format!("export E2B_API_KEY={}", exports.api_key))?;
+        output::line(&format!("export E2B_API_URL={}", exports.api_url))?;
+        output::line(&format!("export E2B_SANDBOX_URL={}", exports.sandbox_url))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,1 +1,41 @@
-//! Placeholder.
+//! The control plane: the public REST API, teams and keys, and which sandbox runs where.
+//!
+//! One process-wide table of live sandboxes answers every request; it follows the node, which owns
+//! the truth. The store (SQLite) is written behind it and read at start, so that creating a
+//! sandbox waits for the node alone:
+//!
+//! ```text
+//!  REST ──► lifecycle ──► node RPC
+//!              │  ▲
+//!              ▼  │ watch + reconcile
+//!            live table ──► routes (proxy)
+//!              │
+//!              ▼ bounded queue
+//!            store
+//! ```
+#![forbid(unsafe_code)]
+
+mod api;
+mod app;
+mod config;
+mod drain;
+mod keys;
+mod lifecycle;
+mod live;
+mod node;
+mod reconcile;
+mod route;
+mod serve;
+mod store;
+mod team;
+mod templates;
+mod token;
+mod writer;
+
+pub use config::{Config, Deps};
+pub use keys::{ApiKey, ApiKeyError};
+pub use node::NodeCallError;
+pub use route::{Route, RouteSink};
+pub use serve::{ServeError, serve};
+pub use store::{Store, StoreError};
+pub use team::{Team, TeamId};

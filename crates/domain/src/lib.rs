@@ -10,7 +10,7 @@ pub mod secret;
 pub mod time;
 pub mod units;
 
-pub use id::{BuildId, ExecutionId, SandboxId, TemplateId};
+pub use id::{BuildId, ExecutionId, IdError, SandboxId, TemplateId};
 pub use kind::Kind;
 pub use secret::Secret;
 pub use time::UnixMillis;

@@ -64,8 +64,14 @@ pub enum LeaseError {
     /// The pool was closed.
     #[error("lease a network slot: the pool is closed")]
     Closed,
+    /// No slot became ready in time.
+    #[error("lease a network slot: none was ready within {waited_ms} ms")]
+    Slow {
+        /// How long the lease waited, in milliseconds.
+        waited_ms: u64,
+    },
     /// The kernel or `nft` refused.
-    #[error("{step} of network slot {index}: {reason}")]
+    #[error("{step} for network slot {index}: {reason}")]
     Setup {
         /// The slot.
         index: u32,
@@ -82,19 +88,40 @@ impl LeaseError {
         match self {
             LeaseError::Exhausted { .. } => Kind::Quota,
             LeaseError::Closed => Kind::Unavailable,
+            LeaseError::Slow { .. } => Kind::Timeout,
             LeaseError::Setup { .. } => Kind::Internal,
         }
     }
 }
 
-/// Why something of a slot may be left.
-#[derive(Debug, thiserror::Error)]
-#[error("{step} of network slot {index}: {reason}")]
-pub struct ReleaseError {
-    /// The slot.
-    pub index: u32,
-    /// The step, as a verb phrase.
-    pub step: &'static str,
-    /// Why.
-    pub reason: String,
+/// Why something may be left on the host.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReleaseError {
+    /// Something of a slot.
+    #[error("{step} for network slot {index}: {reason}")]
+    Slot {
+        /// The slot.
+        index: u32,
+        /// The step, as a verb phrase.
+        step: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// Something the pool itself holds.
+    #[error("close the network slots: {step}: {reason}")]
+    Pool {
+        /// The step, as a verb phrase.
+        step: &'static str,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl ReleaseError {
+    /// What a caller should do.
+    pub fn kind(&self) -> Kind {
+        match self {
+            ReleaseError::Slot { .. } | ReleaseError::Pool { .. } => Kind::Internal,
+        }
+    }
 }

@@ -3,9 +3,22 @@
 //! [`Runtime`] is the door; [`qemu`] and [`fake`] are behind it, and [`contract`] is the one suite
 //! both pass. Nothing above this crate knows which driver it talks to, except to say its tier.
 
+pub mod contract;
+pub mod control;
+pub mod fake;
 pub mod machine;
+pub mod qemu;
 
+mod cgroup;
+mod keeper;
+mod leftovers;
+mod lines;
+mod saved;
+mod sys;
+
+pub use control::{ControlError, GuestControl};
 pub use machine::{
     BootSource, ControlStream, DiskExport, ExitCause, Identity, KillError, Machine, MachineSpec,
     NetworkAttachment, PauseError, Runtime, SaveError, StartError,
 };
+pub use qemu::{QemuConfig, QemuRuntime, TierReason};

@@ -8,8 +8,8 @@ use belljar_domain::{Kind, MiB, Tier, Vcpus};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 /// Bytes to and from the guest daemon's control port (`wire::guest` lines).
-pub trait ControlStreamIo: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> ControlStreamIo for T {}
+pub trait ControlStreamIo: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin> ControlStreamIo for T {}
 
 /// An owned control stream.
 pub type ControlStream = Box<dyn ControlStreamIo>;
@@ -110,8 +110,28 @@ pub struct MachineSpec {
     pub network: Option<NetworkAttachment>,
     /// An existing folder, private to this machine, for its sockets and log.
     pub run_dir: PathBuf,
-    /// Who the machine's process runs as; `None` keeps the daemon's user.
+    /// Who the machine's process runs as; `None` keeps the daemon's user. That user must be able
+    /// to pass through the folders of the root disk and of the saved machine.
     pub identity: Option<Identity>,
+}
+
+impl MachineSpec {
+    /// Whether `name` can be a machine's. It becomes part of a path and of a command line.
+    pub fn is_name(name: &str) -> bool {
+        let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        (1..=40).contains(&name.len()) && name.bytes().all(plain)
+    }
+
+    pub(crate) fn check_name(&self) -> Result<(), StartError> {
+        if MachineSpec::is_name(&self.name) {
+            return Ok(());
+        }
+        let source = std::io::Error::new(
+            std::io::ErrorKind::InvalidInput,
+            "1 to 40 lower-case letters, digits and hyphens are",
+        );
+        Err(StartError::Io { step: "use a name that is no machine name", source })
+    }
 }
 
 /// An unprivileged user of the host.
@@ -195,6 +215,14 @@ pub enum StartError {
         /// Fingerprint of this driver.
         current: String,
     },
+    /// A file of the saved machine is not what was saved.
+    #[error("use the saved machine's {}: {reason}", path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A system call failed.
     #[error("{step}")]
     Io {
@@ -235,6 +263,7 @@ impl StartError {
             StartError::Missing { .. }
             | StartError::NoUsableDisk { .. }
             | StartError::Incompatible { .. }
+            | StartError::Corrupt { .. }
             | StartError::Io { .. }
             | StartError::Refused { .. } => Kind::Internal,
             StartError::Died { .. } => Kind::Unavailable,

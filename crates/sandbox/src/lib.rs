@@ -1,1 +1,20 @@
-//! Placeholder.
+//! Sandboxes on this host: one owner task each, from restore to teardown.
+//!
+//! [`Sandboxes`] is the door. What a sandbox holds is written to the [`ledger`] before it exists,
+//! acquired in [`boot`], and given back in reverse order by the owner in [`owner`]. A server that
+//! was killed leaves ledger entries; [`Sandboxes::open`] reclaims every one of them.
+#![forbid(unsafe_code)]
+
+pub mod guest;
+pub mod template;
+
+mod boot;
+mod ledger;
+mod owner;
+mod registry;
+
+pub use boot::CreateError;
+pub use registry::{
+    CreateSandbox, Deps, Ended, OpenError, Reclaimed, SandboxInfo, SandboxNotFound, Sandboxes,
+    Settings,
+};

@@ -1,1 +1,34 @@
 //! The public REST API's JSON shapes, field for field as `contract/e2b-wire.md` section 1 has them.
+//!
+//! Names are the wire's: `MB` means mebibytes, times are RFC 3339 in UTC, and `code` in an error
+//! body repeats the HTTP status because clients read it there. Unknown fields in a request are
+//! ignored, an explicit `null` reads as "absent".
+
+mod sandbox;
+mod template;
+
+use serde::{Deserialize, Serialize};
+
+pub use sandbox::{
+    AutoResume, ConnectSandbox, ConnectSandboxV2, EgressProxy, EgressProxyTls, HeaderTransform,
+    Iam, IamToken, Lifecycle, ListedSandbox, NetworkRule, NewSandbox, RefreshSandbox, Sandbox,
+    SandboxDetail, SandboxNetwork, SandboxState, SetTimeout, VolumeMount,
+};
+pub use template::{
+    BuildStatus, TeamUser, Template, TemplateAlias, TemplateBuild, TemplateWithBuilds,
+};
+
+/// A point in time on the wire.
+pub type Time = chrono::DateTime<chrono::Utc>;
+
+/// The body of every error answer. Source: contract section 1.1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Error {
+    /// The HTTP status again.
+    pub code: u16,
+    /// What went wrong, for a person. Clients match on some of these texts.
+    pub message: String,
+    /// What went wrong, for a program. An open list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error_code: Option<String>,
+}

@@ -1,0 +1,142 @@
+//! What an overlay knows of each block: two bits a block, read without locks.
+//!
+//! ```text
+//!            write                zero, trim
+//!   Base ───────────► Written ◄───────────────► Zero
+//!     └──────────────────────────────────────────▲
+//!                     zero, trim
+//! ```
+//!
+//! A block never goes back to `Base`. A state is stored with release order after the data it
+//! speaks of is in the file, and loaded with acquire order before the file is read, so a reader
+//! that sees `Written` finds the data.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+const BITS_PER_BLOCK: u64 = 2;
+const BLOCKS_PER_WORD: u64 = u64::BITS as u64 / BITS_PER_BLOCK;
+const MASK: u64 = 0b11;
+
+/// Where the content of a block is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BlockState {
+    /// In the base image.
+    Base,
+    /// In the overlay file.
+    Written,
+    /// Nowhere: it reads as zeros.
+    Zero,
+}
+
+impl BlockState {
+    fn bits(self) -> u64 {
+        match self {
+            BlockState::Base => 0,
+            BlockState::Written => 1,
+            BlockState::Zero => 2,
+        }
+    }
+
+    fn from_bits(bits: u64) -> BlockState {
+        match bits & MASK {
+            0 => BlockState::Base,
+            1 => BlockState::Written,
+            // Only the three values above are ever stored.
+            _ => BlockState::Zero,
+        }
+    }
+}
+
+/// The states of all blocks of one disk.
+pub(crate) struct BlockMap {
+    blocks: u64,
+    words: Box<[AtomicU64]>,
+}
+
+impl BlockMap {
+    /// All blocks in the base image.
+    pub(crate) fn new(blocks: u64) -> BlockMap {
+        let words = blocks.div_ceil(BLOCKS_PER_WORD);
+        BlockMap { blocks, words: (0..words).map(|_| AtomicU64::new(0)).collect() }
+    }
+
+    fn place(block: u64) -> (usize, u64) {
+        let word = usize::try_from(block / BLOCKS_PER_WORD).expect("the map fits in memory");
+        (word, (block % BLOCKS_PER_WORD) * BITS_PER_BLOCK)
+    }
+
+    /// The state of one block.
+    pub(crate) fn get(&self, block: u64) -> BlockState {
+        let (word, shift) = Self::place(block);
+        BlockState::from_bits(self.words[word].load(Ordering::Acquire) >> shift)
+    }
+
+    /// Sets the state of one block. Two setters of the same block need a lock of their own; setters
+    /// of neighbours do not.
+    pub(crate) fn set(&self, block: u64, state: BlockState) {
+        let (word, shift) = Self::place(block);
+        let replaced = self.words[word].fetch_update(Ordering::AcqRel, Ordering::Acquire, |old| {
+            Some((old & !(MASK << shift)) | (state.bits() << shift))
+        });
+        debug_assert!(replaced.is_ok(), "the update always has a new value");
+    }
+
+    /// How many blocks from `block` on, up to and without `end`, share the state of `block`.
+    pub(crate) fn run(&self, block: u64, end: u64) -> (BlockState, u64) {
+        let state = self.get(block);
+        let mut next = block + 1;
+        while next < end && self.get(next) == state {
+            next += 1;
+        }
+        (state, next - block)
+    }
+
+    /// Blocks that are not in the base image, in order.
+    pub(crate) fn changed(&self) -> impl Iterator<Item = (u64, BlockState)> + '_ {
+        let words = (0_u64..).zip(self.words.iter());
+        words
+            .map(|(index, word)| (index * BLOCKS_PER_WORD, word.load(Ordering::Acquire)))
+            .filter(|(_, word)| *word != 0)
+            .flat_map(|(first, word)| {
+                (0..BLOCKS_PER_WORD)
+                    .map(move |i| (first + i, BlockState::from_bits(word >> (i * BITS_PER_BLOCK))))
+            })
+            .filter(|(block, state)| *block < self.blocks && *state != BlockState::Base)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_do_not_disturb_each_other() {
+        let map = BlockMap::new(70);
+        map.set(0, BlockState::Written);
+        map.set(31, BlockState::Zero);
+        map.set(32, BlockState::Written);
+        map.set(69, BlockState::Zero);
+        map.set(0, BlockState::Zero);
+        let changed: Vec<_> = map.changed().collect();
+        assert_eq!(
+            changed,
+            [
+                (0, BlockState::Zero),
+                (31, BlockState::Zero),
+                (32, BlockState::Written),
+                (69, BlockState::Zero)
+            ]
+        );
+    }
+
+    #[test]
+    fn runs_stop_at_a_change_and_at_the_end() {
+        let map = BlockMap::new(100);
+        for block in 10..50 {
+            map.set(block, BlockState::Written);
+        }
+        assert_eq!(map.run(0, 100), (BlockState::Base, 10));
+        assert_eq!(map.run(10, 100), (BlockState::Written, 40));
+        assert_eq!(map.run(20, 30), (BlockState::Written, 10));
+    }
+}

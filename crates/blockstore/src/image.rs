@@ -1,0 +1,254 @@
+//! Disks that are one raw file: a template being built ([`RawImage`]), and the finished one that
+//! all its sandboxes share ([`BaseImage`]).
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FallocateFlags, fallocate};
+
+use crate::clone::{Extent, data_extents};
+use crate::device::{BLOCK_BYTES, BlockDevice, check_range, index, len_u64};
+
+/// Why an image could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The file could not be opened or looked at.
+    #[error("open disk image {}", path.display())]
+    Io {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It is a folder, a device or a pipe.
+    #[error("open disk image {}: it is not a regular file", path.display())]
+    NotAFile {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Its size is no whole number of blocks.
+    #[error(
+        "open disk image {}: its {size_bytes} bytes are not a positive multiple of {BLOCK_BYTES}",
+        path.display()
+    )]
+    Unaligned {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        size_bytes: u64,
+    },
+}
+
+fn open(path: &Path, writable: bool) -> Result<(File, u64), OpenError> {
+    let io = |source| OpenError::Io { path: path.to_owned(), source };
+    let file = OpenOptions::new().read(true).write(writable).open(path).map_err(io)?;
+    let metadata = file.metadata().map_err(io)?;
+    if !metadata.is_file() {
+        return Err(OpenError::NotAFile { path: path.to_owned() });
+    }
+    let size_bytes = metadata.len();
+    if size_bytes == 0 || !size_bytes.is_multiple_of(BLOCK_BYTES) {
+        return Err(OpenError::Unaligned { path: path.to_owned(), size_bytes });
+    }
+    Ok((file, size_bytes))
+}
+
+/// A raw file that is read and written in place.
+#[derive(Debug)]
+pub struct RawImage {
+    file: File,
+    size_bytes: u64,
+}
+
+impl RawImage {
+    /// Opens the image at `path` for reading and writing.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(path: &Path) -> Result<RawImage, OpenError> {
+        let (file, size_bytes) = open(path, true)?;
+        Ok(RawImage { file, size_bytes })
+    }
+}
+
+impl BlockDevice for RawImage {
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        check_range(self.size_bytes, offset, len_u64(buf))?;
+        self.file.read_exact_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        check_range(self.size_bytes, offset, len_u64(buf))?;
+        self.file.write_all_at(buf, offset)
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        check_range(self.size_bytes, offset, len)?;
+        if len == 0 || punch_hole(&self.file, offset, len)? {
+            return Ok(());
+        }
+        write_zeros(&self.file, offset, len)
+    }
+
+    fn trim(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.zero(offset, len)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
+
+/// A raw file that nobody changes any more: the disk all sandboxes of a template start from.
+///
+/// Its holes are found once, at opening, and never read: a read of a hole would fill the host's
+/// page cache with zeros.
+#[derive(Debug)]
+pub struct BaseImage {
+    file: File,
+    size_bytes: u64,
+    data: Vec<Extent>,
+}
+
+impl BaseImage {
+    /// Opens the image at `path` for reading. The file must not change while it is open.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(path: &Path) -> Result<BaseImage, OpenError> {
+        let (file, size_bytes) = open(path, false)?;
+        let data = data_extents(&file, size_bytes)
+            .map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
+        Ok(BaseImage { file, size_bytes, data })
+    }
+
+    /// Size in bytes; a multiple of [`BLOCK_BYTES`].
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// Bytes that are not holes.
+    pub fn data_bytes(&self) -> u64 {
+        self.data.iter().map(|extent| extent.end - extent.start).sum()
+    }
+
+    /// Fills `buf` from `offset`.
+    ///
+    /// # Errors
+    /// I/O errors of the file, and [`io::ErrorKind::InvalidInput`] outside the image.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        check_range(self.size_bytes, offset, len_u64(buf))?;
+        let end = offset + len_u64(buf);
+        let mut at = offset;
+        let mut next = self.data.partition_point(|extent| extent.end <= offset);
+        while at < end {
+            let (start, stop) = match self.data.get(next) {
+                Some(extent) => (extent.start.clamp(at, end), extent.end.min(end)),
+                None => (end, end),
+            };
+            buf[index(at - offset)..index(start - offset)].fill(0);
+            if start < stop {
+                let part = &mut buf[index(start - offset)..index(stop - offset)];
+                self.file.read_exact_at(part, start)?;
+            }
+            at = stop.max(start);
+            next += 1;
+        }
+        Ok(())
+    }
+}
+
+/// Gives the range back to the file system; it then reads as zeros. False where the file system
+/// cannot: the range is unchanged then.
+pub(crate) fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<bool> {
+    let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    loop {
+        match fallocate(file, how, offset, len) {
+            Ok(()) => return Ok(true),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => return Ok(false),
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+
+fn write_zeros(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let end = offset + len;
+    let mut at = offset;
+    while at < end {
+        let part = (end - at).min(len_u64(&ZEROS));
+        file.write_all_at(&ZEROS[..index(part)], at)?;
+        at += part;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn sizes_that_are_no_blocks_are_refused() {
+        let dir = tempfile::tempdir().expect("temp folder");
+        let path = dir.path().join("disk");
+        for bytes in [0, 1, 4095, 4097] {
+            fs::write(&path, vec![1; bytes]).expect("write");
+            assert!(matches!(RawImage::open(&path), Err(OpenError::Unaligned { .. })));
+            assert!(matches!(BaseImage::open(&path), Err(OpenError::Unaligned { .. })));
+        }
+        assert!(matches!(BaseImage::open(dir.path()), Err(OpenError::NotAFile { .. })));
+        let absent = dir.path().join("absent");
+        assert!(matches!(BaseImage::open(&absent), Err(OpenError::Io { .. })));
+    }
+
+    #[test]
+    fn a_sparse_base_reads_like_its_file() {
+        let dir = tempfile::tempdir().expect("temp folder");
+        let path = dir.path().join("disk");
+        let file = File::create(&path).expect("create");
+        file.set_len(1 << 20).expect("grow");
+        file.write_all_at(&[7; 5000], 64 * 1024).expect("write");
+        file.write_all_at(&[9; 10], 512 * 1024 - 5).expect("write");
+        let whole = fs::read(&path).expect("read");
+        let base = BaseImage::open(&path).expect("open");
+        assert!(base.data_bytes() < 1 << 20, "the file system made no hole");
+        for (offset, len) in
+            [(0, 1 << 20), (60_000, 12_000), (524_000, 600), (70_000, 10), (1 << 20, 0)]
+        {
+            let mut buf = vec![0xaa; len];
+            base.read_at(&mut buf, u64::try_from(offset).expect("small")).expect("read");
+            assert_eq!(buf, whole[offset..offset + len], "{len} bytes at {offset}");
+        }
+        let e = base.read_at(&mut [0; 2], (1 << 20) - 1).expect_err("outside");
+        assert_eq!(e.kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn a_raw_image_keeps_what_is_written() {
+        let dir = tempfile::tempdir().expect("temp folder");
+        let path = dir.path().join("disk");
+        fs::write(&path, vec![5; 64 * 1024]).expect("write");
+        let raw = RawImage::open(&path).expect("open");
+        raw.write_at(b"hello", 4094).expect("write");
+        raw.zero(10_000, 20_000).expect("zero");
+        raw.trim(40_960, 4096).expect("trim");
+        raw.flush().expect("flush");
+        let mut expected = vec![5; 64 * 1024];
+        expected[4094..4099].copy_from_slice(b"hello");
+        expected[10_000..30_000].fill(0);
+        expected[40_960..45_056].fill(0);
+        assert_eq!(fs::read(&path).expect("read"), expected);
+        assert!(raw.zero(65_536, 1).is_err());
+        assert!(raw.write_at(&[1], 65_536).is_err());
+    }
+}

@@ -1,0 +1,168 @@
+//! The command line: every command, flag and environment variable of `belljar`.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// A self-hosted sandbox cloud for AI agents that speaks the E2B API.
+///
+/// Exit codes: 0 done; 1 failed, the message says why and what to do; 2 wrong usage;
+/// `sandbox exec` exits with the code of the command it ran.
+#[derive(Debug, Parser)]
+#[command(name = "belljar", version)]
+pub(crate) struct Cli {
+    /// Print JSON on standard output instead of text for people.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Which log lines to print on standard error: a level, or `crate=level` pairs.
+    #[arg(long, global = true, env = "BELLJAR_LOG", default_value = "warn", value_name = "FILTER")]
+    pub(crate) log: String,
+    #[command(flatten)]
+    pub(crate) place: Place,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Which server is meant.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Place {
+    /// Folder of the server's state [default: /var/lib/belljar as root, else ~/.local/share/belljar].
+    #[arg(long, global = true, env = "BELLJAR_DATA_DIR", value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start the server: control, proxy and node in one process, until Ctrl-C.
+    Up(Up),
+    /// Print the `export` lines that point the SDKs at the running server.
+    Env,
+    /// Check this machine and say, or with --fix do, what is missing.
+    Doctor(Doctor),
+    /// Look at and use sandboxes.
+    #[command(subcommand)]
+    Sandbox(SandboxCommand),
+    /// Look at and build templates.
+    #[command(subcommand)]
+    Template(TemplateCommand),
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Up {
+    /// Address both servers listen on. Anything but loopback is open to the network.
+    #[arg(long, env = "BELLJAR_BIND", default_value = "127.0.0.1", value_name = "IP")]
+    pub(crate) bind: IpAddr,
+    /// Port of the REST API; 0 takes a free one.
+    #[arg(long, env = "BELLJAR_API_PORT", default_value_t = 3000, value_name = "PORT")]
+    pub(crate) api_port: u16,
+    /// Port of sandbox traffic; 0 takes a free one.
+    #[arg(long, env = "BELLJAR_PROXY_PORT", default_value_t = 3002, value_name = "PORT")]
+    pub(crate) proxy_port: u16,
+    /// How sandboxes are isolated.
+    #[arg(long, env = "BELLJAR_RUNTIME", value_enum, default_value_t = RuntimeChoice::Auto)]
+    pub(crate) runtime: RuntimeChoice,
+    /// Most sandboxes at once.
+    #[arg(long, env = "BELLJAR_SANDBOXES_MAX", default_value_t = 100, value_name = "N")]
+    pub(crate) sandboxes_max: u16,
+    /// Longest life of a sandbox, in hours.
+    #[arg(long, env = "BELLJAR_TIMEOUT_HOURS_MAX", default_value_t = 24, value_name = "HOURS")]
+    pub(crate) timeout_hours_max: u32,
+}
+
+/// How sandboxes are isolated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RuntimeChoice {
+    /// QEMU on KVM where KVM really runs guests, else QEMU with an emulated CPU.
+    Auto,
+    /// QEMU with an emulated CPU, even where KVM works.
+    Emulated,
+    /// No isolation and no real guest: for trying the API without root.
+    Fake,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Doctor {
+    /// Do what can be done: install packages and make folders.
+    #[arg(long)]
+    pub(crate) fix: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SandboxCommand {
+    /// List running sandboxes.
+    List,
+    /// Kill sandboxes.
+    Kill {
+        /// Their ids.
+        #[arg(required_unless_present = "all", value_name = "ID")]
+        ids: Vec<String>,
+        /// Kill every one.
+        #[arg(long, conflicts_with = "ids")]
+        all: bool,
+    },
+    /// Run a command in a sandbox and exit with its code.
+    Exec {
+        /// The sandbox.
+        id: String,
+        /// User to run as.
+        #[arg(long, short, default_value = "user")]
+        user: String,
+        /// Folder to run in.
+        #[arg(long, short)]
+        cwd: Option<String>,
+        /// The command; one word is run by `bash -l -c`.
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TemplateCommand {
+    /// List templates.
+    List,
+    /// Make the `base` root file system from Debian packages.
+    Rootfs(Rootfs),
+    /// Boot a root file system once and save it as a template. The server must not be running.
+    Build(TemplateBuild),
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Rootfs {
+    /// The static guest daemon to put in.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) envd: PathBuf,
+    /// Where the image goes.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+    /// Folder that keeps the package tree between builds.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache: PathBuf,
+    /// Size of the disk, in MiB.
+    #[arg(long, default_value_t = 2048, value_name = "MIB")]
+    pub(crate) disk_mib: u32,
+}
+
+#[derive(Debug, Clone, Args)]
+pub(crate) struct TemplateBuild {
+    /// The template's name.
+    pub(crate) name: String,
+    /// The guest kernel, an uncompressed `vmlinux`.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: PathBuf,
+    /// The root file system image.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) rootfs: PathBuf,
+    /// Virtual processors.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub(crate) cpus: u32,
+    /// Memory, in MiB.
+    #[arg(long, default_value_t = 512, value_name = "MIB")]
+    pub(crate) memory_mib: u32,
+    /// How the template's machine is isolated; sandboxes run the same way.
+    #[arg(long, env = "BELLJAR_RUNTIME", value_enum, default_value_t = RuntimeChoice::Auto)]
+    pub(crate) runtime: RuntimeChoice,
+    /// Build even when an equal template is there.
+    #[arg(long)]
+    pub(crate) force: bool,
+}

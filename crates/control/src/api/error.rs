@@ -1,0 +1,197 @@
+//! Error answers: one table from kinds to statuses, one JSON shape, the contract's texts.
+//!
+//! A client sees the public message only. What else is known is logged here, once.
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use belljar_domain::Kind;
+use belljar_wire::rest;
+use http::{HeaderName, HeaderValue, StatusCode, header};
+use tracing::warn;
+
+use crate::lifecycle::{CreateError, EndError};
+use crate::node::NodeCallError;
+use crate::store::StoreError;
+use crate::templates::ResolveError;
+
+/// Tells the Python SDK whether to try again. Source: contract section 1.1.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("should-retry");
+
+/// An answer that is not a success.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ApiError {
+    status: StatusCode,
+    message: String,
+    error_code: Option<&'static str>,
+}
+
+/// The one table from kinds to HTTP statuses.
+fn status_of(kind: Kind) -> StatusCode {
+    match kind {
+        Kind::Invalid => StatusCode::BAD_REQUEST,
+        Kind::Unauthenticated => StatusCode::UNAUTHORIZED,
+        Kind::Forbidden => StatusCode::FORBIDDEN,
+        Kind::NotFound => StatusCode::NOT_FOUND,
+        Kind::Conflict => StatusCode::CONFLICT,
+        Kind::Quota => StatusCode::TOO_MANY_REQUESTS,
+        Kind::Unavailable | Kind::Cancelled => StatusCode::SERVICE_UNAVAILABLE,
+        Kind::Timeout => StatusCode::GATEWAY_TIMEOUT,
+        Kind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+impl ApiError {
+    pub(crate) fn new(status: StatusCode, message: impl Into<String>) -> Self {
+        ApiError { status, message: message.into(), error_code: None }
+    }
+
+    pub(crate) fn of_kind(kind: Kind, message: impl Into<String>) -> Self {
+        Self::new(status_of(kind), message)
+    }
+
+    pub(crate) fn bad_request(message: impl Into<String>) -> Self {
+        Self::of_kind(Kind::Invalid, message)
+    }
+
+    pub(crate) fn not_found(message: impl Into<String>) -> Self {
+        Self::of_kind(Kind::NotFound, message)
+    }
+
+    /// `id` as the client spelled it.
+    pub(crate) fn no_sandbox(id: &str) -> Self {
+        Self::not_found(format!("Sandbox \"{id}\" doesn't exist or you don't have access to it"))
+    }
+
+    /// `reason` completes the text SDKs turn into their authentication error.
+    pub(crate) fn unauthorized(reason: &str) -> Self {
+        Self::of_kind(
+            Kind::Unauthenticated,
+            format!(
+                "error in openapi3filter.SecurityRequirementsError: \
+                 security requirements failed: {reason}"
+            ),
+        )
+    }
+
+    fn internal() -> Self {
+        Self::of_kind(Kind::Internal, "internal server error").coded("internal_server_error")
+    }
+
+    fn coded(mut self, error_code: &'static str) -> Self {
+        self.error_code = Some(error_code);
+        self
+    }
+
+    /// The answer to a failed change of the sandbox the client calls `id`.
+    pub(crate) fn of_end(error: &EndError, id: &str) -> Self {
+        match error.kind() {
+            Kind::NotFound => Self::no_sandbox(id),
+            Kind::Internal => {
+                log(error);
+                Self::internal()
+            }
+            kind => {
+                log(error);
+                Self::of_kind(kind, "the sandbox's node did not do it; try again")
+            }
+        }
+    }
+
+    /// The answer to a create the node did not do.
+    fn of_create(error: &NodeCallError) -> Self {
+        if error.kind() == Kind::Invalid {
+            return Self::bad_request(error.message());
+        }
+        log(error);
+        // The node's own room is not the team's quota: another try may find some.
+        match error.kind() {
+            Kind::Quota | Kind::Unavailable | Kind::Cancelled => Self::of_kind(
+                Kind::Unavailable,
+                "there is no room for another sandbox at the moment; try again",
+            )
+            .coded("sandbox_capacity_unavailable"),
+            Kind::Timeout => Self::of_kind(Kind::Timeout, "the sandbox did not start in time")
+                .coded("sandbox_placement_timeout"),
+            Kind::Conflict | Kind::Forbidden | Kind::Unauthenticated => {
+                Self::of_kind(Kind::Internal, "the node refused to create the sandbox")
+                    .coded("sandbox_create_refused")
+            }
+            Kind::Invalid | Kind::NotFound | Kind::Internal => {
+                Self::of_kind(Kind::Internal, "the sandbox could not be created")
+                    .coded("sandbox_create_failed")
+            }
+        }
+    }
+}
+
+/// Logs an error with its causes.
+fn log(error: &dyn std::error::Error) {
+    let mut causes = Vec::new();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        causes.push(error.to_string());
+        cause = error.source();
+    }
+    let reason = causes.join(": ");
+    warn!(error = %error, reason, "request failed");
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        log(&error);
+        match error.kind() {
+            Kind::Internal => Self::internal(),
+            kind => Self::of_kind(kind, "the server's store is not available; try again"),
+        }
+    }
+}
+
+impl From<ResolveError> for ApiError {
+    fn from(error: ResolveError) -> Self {
+        Self::of_kind(error.kind(), error.to_string())
+    }
+}
+
+impl From<CreateError> for ApiError {
+    fn from(error: CreateError) -> Self {
+        let kind = error.kind();
+        match error {
+            CreateError::Template(e) => e.into(),
+            CreateError::AtLimit(e) => Self::of_kind(
+                kind,
+                format!(
+                    "you have reached the maximum number of concurrent E2B sandboxes ({}); \
+                     kill some, or ask who runs this server for a higher limit",
+                    e.limit
+                ),
+            ),
+            CreateError::Node(e) => Self::of_create(&e),
+            CreateError::EndedEarly(_) => {
+                log(&error);
+                Self::of_kind(kind, "the sandbox ended while it was starting")
+                    .coded("sandbox_create_failed")
+            }
+            CreateError::Mixup | CreateError::TaskBroke => {
+                log(&error);
+                Self::internal()
+            }
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let body = rest::Error {
+            code: self.status.as_u16(),
+            message: self.message,
+            error_code: self.error_code.map(str::to_owned),
+        };
+        let mut response = (self.status, Json(body)).into_response();
+        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+            let headers = response.headers_mut();
+            headers.insert(SHOULD_RETRY, HeaderValue::from_static("true"));
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response
+    }
+}

@@ -1,0 +1,108 @@
+//! Query parameters.
+
+use std::collections::BTreeMap;
+
+use super::error::ApiError;
+
+/// The decoded `name=value` pairs of a query, in order.
+#[derive(Debug, Default)]
+pub(crate) struct Query {
+    pairs: Vec<(String, String)>,
+}
+
+impl Query {
+    pub(crate) fn parse(text: Option<&str>) -> Result<Query, ApiError> {
+        let pairs = serde_urlencoded::from_str(text.unwrap_or_default())
+            .map_err(|e| ApiError::bad_request(format!("the query is not valid: {e}")))?;
+        Ok(Query { pairs })
+    }
+
+    /// The value of `name`; `None` when it is absent or empty.
+    pub(crate) fn get(&self, name: &str) -> Option<&str> {
+        let found = self.pairs.iter().find(|(n, value)| n == name && !value.is_empty());
+        found.map(|(_, value)| value.as_str())
+    }
+
+    /// The items of a comma-separated parameter, which may also be repeated.
+    pub(crate) fn list<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
+        let named = self.pairs.iter().filter(move |(n, _)| n == name);
+        let items = named.flat_map(|(_, value)| value.split(','));
+        items.map(str::trim).filter(|item| !item.is_empty())
+    }
+}
+
+/// Decodes the `metadata` filter: `k=v&k2=v2`, form-encoded, inside of which the SDKs have
+/// percent-encoded every key and value once more. Plain values survive both steps unchanged.
+///
+/// Source: contract section 1.2; the second step as the released Python SDK does it.
+pub(crate) fn metadata_filter(text: &str) -> Result<BTreeMap<String, String>, ApiError> {
+    let pairs: Vec<(String, String)> = serde_urlencoded::from_str(text)
+        .map_err(|e| ApiError::bad_request(format!("the metadata filter is not valid: {e}")))?;
+    Ok(pairs.into_iter().map(|(k, v)| (percent_decoded(&k), percent_decoded(&v))).collect())
+}
+
+/// `text` with its `%XX` decoded; what is not valid that way is left as it is.
+fn percent_decoded(text: &str) -> String {
+    let mut decoded = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, after)) = rest.split_first() {
+        let digits = if byte == b'%' { after.get(..2) } else { None };
+        let mut value = [0];
+        match digits.map(|digits| hex::decode_to_slice(digits, &mut value)) {
+            Some(Ok(())) => {
+                decoded.push(value[0]);
+                rest = &after[2..];
+            }
+            _ => {
+                decoded.push(byte);
+                rest = after;
+            }
+        }
+    }
+    String::from_utf8(decoded).unwrap_or_else(|_| text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filter(query: &str) -> BTreeMap<String, String> {
+        let query = Query::parse(Some(query)).expect("a query");
+        metadata_filter(query.get("metadata").expect("the filter")).expect("a filter")
+    }
+
+    fn one(key: &str, value: &str) -> BTreeMap<String, String> {
+        BTreeMap::from([(key.to_owned(), value.to_owned())])
+    }
+
+    #[test]
+    fn a_filter_by_hand_is_understood() {
+        assert_eq!(filter("metadata=user%3Dalice"), one("user", "alice"));
+        assert_eq!(filter("metadata=user=alice"), one("user", "alice"));
+        assert_eq!(filter("metadata=note%3Da%2Bb"), one("note", "a b"));
+        assert_eq!(filter("metadata=a%3D100%2525"), one("a", "100%"));
+        let two = filter("metadata=a%3D1%26b%3D2");
+        assert_eq!(two, [one("a", "1"), one("b", "2")].into_iter().flatten().collect());
+    }
+
+    #[test]
+    fn a_filter_of_the_sdks_is_understood() {
+        // {"k y": "a=b&c/ü+%"}: quoted, form-encoded, then encoded as a query value.
+        let query = "metadata=k%252520y%3Da%25253Db%252526c%2F%2525C3%2525BC%25252B%252525";
+        assert_eq!(filter(query), one("k y", "a=b&c/ü+%"));
+    }
+
+    #[test]
+    fn lists_may_be_joined_or_repeated() {
+        let query = Query::parse(Some("state=running,%20paused&state=&state=x")).expect("a query");
+        assert_eq!(query.list("state").collect::<Vec<_>>(), ["running", "paused", "x"]);
+        assert_eq!(query.get("absent"), None);
+    }
+
+    #[test]
+    fn odd_percent_signs_are_kept() {
+        for text in ["%", "%4", "%zz", "%ff"] {
+            assert_eq!(percent_decoded(text), text);
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! Sandbox endpoints. Source: contract section 1.2.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Extension;
+use axum::Json as JsonAnswer;
+use axum::extract::{FromRequestParts, Path, RawQuery, State};
+use axum::response::{IntoResponse, Response};
+use belljar_daemon::clock;
+use belljar_domain::{SandboxId, TemplateId, UnixMillis};
+use belljar_wire::rest;
+use http::request::Parts;
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+
+use super::auth::Caller;
+use super::body::{Json, OptionalJson};
+use super::error::ApiError;
+use super::page::{Position, Wanted};
+use super::query::{Query, metadata_filter};
+use super::{create, shapes};
+use crate::app::App;
+use crate::lifecycle::{self, NewEnd};
+use crate::live::Sandbox;
+use crate::team::Team;
+use crate::templates::Reference;
+
+/// Seconds to live when a request does not say. Source: contract section 9.
+const DEFAULT_SECONDS_V1: i64 = 15;
+const DEFAULT_SECONDS_V2: i64 = 300;
+/// Bounds of a refresh. Source: contract section 1.2.
+const MIN_REFRESH_SECONDS: i64 = 15;
+const MAX_REFRESH_SECONDS: i64 = 3600;
+
+/// Token of the next page; absent on the last one.
+pub(crate) const NEXT_TOKEN: HeaderName = HeaderName::from_static("x-next-token");
+/// Sandboxes that match, whatever the page.
+const TOTAL_RUNNING: HeaderName = HeaderName::from_static("x-total-running");
+
+type Answer = Result<Response, ApiError>;
+
+/// The sandbox a path names. What is no id names no sandbox.
+pub(crate) struct Named {
+    id: SandboxId,
+    /// As the client spelled it, for error texts.
+    text: String,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let Ok(Path(text)) = Path::<String>::from_request_parts(parts, state).await else {
+            return Err(ApiError::no_sandbox("?"));
+        };
+        match text.parse() {
+            Ok(id) => Ok(Named { id, text }),
+            Err(_) => Err(ApiError::no_sandbox(&text)),
+        }
+    }
+}
+
+pub(crate) async fn create_v1(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    Json(body): Json<rest::NewSandbox>,
+) -> Answer {
+    let secure = body.secure.unwrap_or(true);
+    create_with(&app, &team, body, DEFAULT_SECONDS_V1, secure).await
+}
+
+pub(crate) async fn create_v2(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    Json(body): Json<rest::NewSandbox>,
+) -> Answer {
+    create_with(&app, &team, body, DEFAULT_SECONDS_V2, true).await
+}
+
+async fn create_with(
+    app: &Arc<App>,
+    team: &Arc<Team>,
+    body: rest::NewSandbox,
+    default_seconds: i64,
+    secure: bool,
+) -> Answer {
+    let spec = create::spec(body, default_seconds, secure, app.config.max_sandbox_length)?;
+    let sandbox = lifecycle::create(app, team, spec).await?;
+    let body = JsonAnswer(shapes::sandbox(app, &sandbox));
+    Ok((StatusCode::CREATED, body).into_response())
+}
+
+pub(crate) async fn list_v1(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    RawQuery(query): RawQuery,
+) -> Answer {
+    let mut found = matching(&app, &team, &Query::parse(query.as_deref())?)?;
+    found.sort_by_key(|sandbox| std::cmp::Reverse(position(sandbox)));
+    let listed: Vec<_> = found.iter().map(|sandbox| shapes::listed(sandbox)).collect();
+    Ok(JsonAnswer(listed).into_response())
+}
+
+pub(crate) async fn list_v2(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    RawQuery(query): RawQuery,
+) -> Answer {
+    let query = Query::parse(query.as_deref())?;
+    let wanted = Wanted::from_query(&query)?;
+    let mut found = matching(&app, &team, &query)?;
+    let running = found.len();
+    if !wants_running(&query)? {
+        found.clear();
+    }
+    let (page, next) = wanted.take(found, |sandbox| position(sandbox));
+    let mut headers = HeaderMap::new();
+    headers.insert(TOTAL_RUNNING, HeaderValue::from(running));
+    insert_next_token(&mut headers, next);
+    let listed: Vec<_> = page.iter().map(|sandbox| shapes::listed(sandbox)).collect();
+    Ok((headers, JsonAnswer(listed)).into_response())
+}
+
+pub(crate) fn insert_next_token(headers: &mut HeaderMap, next: Option<String>) {
+    if let Some(next) = next {
+        let value = HeaderValue::try_from(next).expect("base64 is valid in a header");
+        headers.insert(NEXT_TOKEN, value);
+    }
+}
+
+fn position(sandbox: &Arc<Sandbox>) -> Position {
+    Position { at: sandbox.started_at, id: sandbox.id.to_string() }
+}
+
+/// Whether the `state` filter lets running sandboxes through; without one everything passes.
+fn wants_running(query: &Query) -> Result<bool, ApiError> {
+    let mut states = query.list("state").peekable();
+    let mut running = states.peek().is_none();
+    for state in states {
+        match state {
+            "running" => running = true,
+            "paused" => {}
+            _ => {
+                return Err(ApiError::bad_request(
+                    "the parameter 'state' may name running and paused",
+                ));
+            }
+        }
+    }
+    Ok(running)
+}
+
+/// The team's running sandboxes that pass the `metadata`, `startedAfter` and `template` filters.
+fn matching(app: &App, team: &Team, query: &Query) -> Result<Vec<Arc<Sandbox>>, ApiError> {
+    let metadata = query.get("metadata").map(metadata_filter).transpose()?.unwrap_or_default();
+    let started_after = query.get("startedAfter").map(parse_time).transpose()?;
+    let template =
+        query.get("template").map(|text| template_filter(app, team, text)).transpose()?;
+    let mut found = app.live.list(&team.id, clock::now());
+    found.retain(|sandbox| {
+        metadata.iter().all(|(key, value)| sandbox.metadata.get(key) == Some(value))
+            && started_after.is_none_or(|after| sandbox.started_at > after)
+            && template.as_ref().is_none_or(|wanted| wanted.as_ref() == Some(&sandbox.template))
+    });
+    Ok(found)
+}
+
+fn parse_time(text: &str) -> Result<UnixMillis, ApiError> {
+    // A plus sign that was not encoded arrives as a space.
+    let time: rest::Time = text.replace(' ', "+").parse().map_err(|_| {
+        ApiError::bad_request("the parameter 'startedAfter' must be an RFC 3339 time")
+    })?;
+    Ok(UnixMillis(time.timestamp_millis()))
+}
+
+/// The template id to look for, from an id or a name. `None` matches nothing.
+fn template_filter(app: &App, team: &Team, text: &str) -> Result<Option<TemplateId>, ApiError> {
+    let reference: Reference = text.parse()?;
+    match app.templates.resolve(&reference, team) {
+        Ok(template) => Ok(Some(template.id)),
+        // A template may be gone while its sandboxes still run.
+        Err(_) => Ok(text.parse().ok()),
+    }
+}
+
+pub(crate) async fn detail(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    named: Named,
+) -> Answer {
+    let sandbox = app
+        .live
+        .find(&named.id, &team.id, clock::now())
+        .ok_or_else(|| ApiError::no_sandbox(&named.text))?;
+    Ok(JsonAnswer(shapes::detail(&app, &sandbox)).into_response())
+}
+
+pub(crate) async fn kill(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    named: Named,
+) -> Answer {
+    lifecycle::kill(&app, &team, &named.id).await.map_err(|e| ApiError::of_end(&e, &named.text))?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+pub(crate) async fn connect_v1(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    named: Named,
+    Json(body): Json<rest::ConnectSandbox>,
+) -> Answer {
+    connect_with(&app, &team, &named, body.timeout).await
+}
+
+pub(crate) async fn connect_v2(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    named: Named,
+    OptionalJson(body): OptionalJson<rest::ConnectSandboxV2>,
+) -> Answer {
+    let seconds = body.and_then(|body| body.timeout).unwrap_or(DEFAULT_SECONDS_V2);
+    connect_with(&app, &team, &named, seconds).await
+}
+
+/// A running sandbox is only ever extended by connecting.
+async fn connect_with(app: &Arc<App>, team: &Arc<Team>, named: &Named, seconds: i64) -> Answer {
+    let lifetime = create::lifetime(seconds, app.config.max_sandbox_length)?;
+    let sandbox = lifecycle::move_end(app, team, &named.id, NewEnd::NotBefore(lifetime))
+        .await
+        .map_err(|e| ApiError::of_end(&e, &named.text))?;
+    Ok(JsonAnswer(shapes::sandbox(app, &sandbox)).into_response())
+}
+
+pub(crate) async fn set_timeout(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    named: Named,
+    Json(body): Json<rest::SetTimeout>,
+) -> Answer {
+    let lifetime = create::lifetime(body.timeout, app.config.max_sandbox_length)?;
+    move_end(&app, &team, &named, NewEnd::In(lifetime)).await
+}
+
+pub(crate) async fn refresh(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    named: Named,
+    OptionalJson(body): OptionalJson<rest::RefreshSandbox>,
+) -> Answer {
+    let seconds = body.and_then(|body| body.duration).unwrap_or(MIN_REFRESH_SECONDS);
+    if !(0..=MAX_REFRESH_SECONDS).contains(&seconds) {
+        return Err(ApiError::bad_request(format!(
+            "the field 'duration' must be from 0 to {MAX_REFRESH_SECONDS}"
+        )));
+    }
+    let seconds = u64::try_from(seconds.max(MIN_REFRESH_SECONDS)).unwrap_or_default();
+    move_end(&app, &team, &named, NewEnd::NotBefore(Duration::from_secs(seconds))).await
+}
+
+async fn move_end(app: &Arc<App>, team: &Arc<Team>, named: &Named, new_end: NewEnd) -> Answer {
+    lifecycle::move_end(app, team, &named.id, new_end)
+        .await
+        .map_err(|e| ApiError::of_end(&e, &named.text))?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}

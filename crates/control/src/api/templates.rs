@@ -1,0 +1,82 @@
+//! Template endpoints, the reading ones. Source: contract section 1.3.
+
+use std::sync::Arc;
+
+use axum::extract::rejection::PathRejection;
+use axum::extract::{Path, RawQuery, State};
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
+use belljar_wire::rest;
+use http::HeaderMap;
+
+use super::auth::Caller;
+use super::error::ApiError;
+use super::page::{Position, Wanted};
+use super::query::Query;
+use super::sandboxes::insert_next_token;
+use super::shapes;
+use crate::app::App;
+use crate::team::Team;
+use crate::templates::{Reference, Template};
+
+type Answer = Result<Response, ApiError>;
+
+pub(crate) async fn list_v1(State(app): State<Arc<App>>, Extension(_): Caller) -> Answer {
+    let spawned = app.store.spawned().await?;
+    let all = app.templates.all();
+    let shown = all.iter().map(|t| shapes::template(t, spawned.get(t.id.as_str())));
+    Ok(Json(shown.collect::<Vec<_>>()).into_response())
+}
+
+pub(crate) async fn list_v2(
+    State(app): State<Arc<App>>,
+    Extension(_): Caller,
+    RawQuery(query): RawQuery,
+) -> Answer {
+    let wanted = Wanted::from_query(&Query::parse(query.as_deref())?)?;
+    let spawned = app.store.spawned().await?;
+    let all = app.templates.all();
+    let (page, next) =
+        wanted.take(all.iter(), |t| Position { at: t.created_at, id: t.id.to_string() });
+    let mut headers = HeaderMap::new();
+    insert_next_token(&mut headers, next);
+    let shown = page.into_iter().map(|t| shapes::template(t, spawned.get(t.id.as_str())));
+    Ok((headers, Json(shown.collect::<Vec<_>>())).into_response())
+}
+
+pub(crate) async fn detail(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    named: Result<Path<String>, PathRejection>,
+) -> Answer {
+    let template = find(&app, &team, named)?;
+    let spawned = app.store.spawned().await?;
+    Ok(Json(rest::TemplateWithBuilds {
+        template: shapes::template(&template, spawned.get(template.id.as_str())),
+        builds: vec![shapes::build(&template)],
+    })
+    .into_response())
+}
+
+pub(crate) async fn alias(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    named: Result<Path<String>, PathRejection>,
+) -> Answer {
+    let template = find(&app, &team, named)?;
+    Ok(Json(rest::TemplateAlias { template_id: template.id.to_string(), public: true })
+        .into_response())
+}
+
+/// The template a path names by id or name.
+fn find(
+    app: &App,
+    team: &Team,
+    named: Result<Path<String>, PathRejection>,
+) -> Result<Template, ApiError> {
+    let Path(text) = named.map_err(|_| {
+        ApiError::bad_request("Invalid template reference: the path is not valid UTF-8")
+    })?;
+    let reference: Reference = text.parse()?;
+    Ok(app.templates.resolve(&reference, team)?)
+}

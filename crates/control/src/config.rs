@@ -1,0 +1,49 @@
+//! What the control plane is told at start.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::route::RouteSink;
+use crate::store::Store;
+
+/// Settings. The defaults are those of `belljar up`.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Domain clients reach sandboxes under, told to them in answers. `None` leaves the choice to
+    /// the client (plain HTTP on localhost).
+    pub public_domain: Option<String>,
+    /// Longest time to live one request may ask for. Source: contract section 9, the pro tier.
+    pub max_sandbox_length: Duration,
+    /// Sandboxes one team may have running or starting.
+    pub max_concurrent_sandboxes: u32,
+    /// How long [`crate::serve`] waits for the node to answer before it gives up.
+    pub node_wait: Duration,
+    /// How often the live table is compared with the node when nothing else asks for it.
+    pub reconcile_interval: Duration,
+    /// How long open requests get to finish when the scope is cancelled.
+    pub shutdown_grace: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            public_domain: None,
+            max_sandbox_length: Duration::from_secs(24 * 3600),
+            max_concurrent_sandboxes: 100,
+            node_wait: Duration::from_secs(30),
+            reconcile_interval: Duration::from_secs(60),
+            shutdown_grace: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What the control plane works with.
+pub struct Deps {
+    /// Unix socket of the node's RPC server.
+    pub node_socket: PathBuf,
+    /// Where routes of live sandboxes go.
+    pub routes: Arc<dyn RouteSink>,
+    /// The store. The caller closes it after [`crate::serve`] has returned.
+    pub store: Store,
+}

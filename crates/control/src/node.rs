@@ -1,0 +1,303 @@
+//! The node, as this process talks to it: node RPC over a unix socket, a deadline on every call.
+//!
+//! Answers are checked and turned into domain types here; nothing else sees the wire's shapes.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use belljar_domain::{
+    BuildId, ExecutionId, Kind, MiB, SandboxId, Secret, TemplateId, UnixMillis, Vcpus,
+};
+use belljar_wire::rpc::belljar::node::v1::{
+    CreateSandboxRequest, KillSandboxRequest, ListSandboxesRequest, ListTemplatesRequest,
+    NodeServiceClient, SandboxInfo, SetSandboxEndRequest, TemplateInfo, WatchSandboxesRequest,
+    WatchSandboxesResponse,
+};
+use connectrpc::client::{
+    CallOptions, ClientConfig, Http2Connection, ServerStream, SharedHttp2Connection,
+};
+use connectrpc::{ConnectError, ErrorCode};
+use http::Uri;
+use hyper::body::Incoming;
+use tracing::warn;
+
+use crate::live::Observed;
+use crate::templates::Template;
+
+/// A cold start on a busy host takes seconds; the SDKs give up after 60.
+const CREATE_DEADLINE: Duration = Duration::from_secs(60);
+/// A kill answers once nothing is left of the sandbox.
+const KILL_DEADLINE: Duration = Duration::from_secs(30);
+/// Everything else only reads or writes memory of the node.
+const CALL_DEADLINE: Duration = Duration::from_secs(10);
+/// A node that stops answering pings for this long is taken for gone, and its streams end.
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+/// Calls waiting for the connection; more than this wait for a place in the queue.
+const MAX_WAITING_CALLS: usize = 1024;
+
+/// A call to the node failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} on the node")]
+pub struct NodeCallError {
+    /// What was asked for.
+    what: &'static str,
+    /// Why it was not done.
+    #[source]
+    source: ConnectError,
+}
+
+impl NodeCallError {
+    /// What a caller should do about it.
+    pub fn kind(&self) -> Kind {
+        match self.source.code {
+            ErrorCode::InvalidArgument | ErrorCode::OutOfRange => Kind::Invalid,
+            ErrorCode::Unauthenticated => Kind::Unauthenticated,
+            ErrorCode::PermissionDenied => Kind::Forbidden,
+            ErrorCode::NotFound => Kind::NotFound,
+            ErrorCode::AlreadyExists | ErrorCode::FailedPrecondition | ErrorCode::Aborted => {
+                Kind::Conflict
+            }
+            ErrorCode::ResourceExhausted => Kind::Quota,
+            ErrorCode::Unavailable => Kind::Unavailable,
+            ErrorCode::DeadlineExceeded => Kind::Timeout,
+            ErrorCode::Canceled => Kind::Cancelled,
+            // The enum may grow; what is not known here is a defect until somebody decides.
+            _ => Kind::Internal,
+        }
+    }
+
+    /// The node's own words, meant for the caller when the request was at fault.
+    pub(crate) fn message(&self) -> &str {
+        self.source.message.as_deref().unwrap_or("the node gave no reason")
+    }
+}
+
+/// What to start.
+#[derive(Debug)]
+pub(crate) struct Start<'a> {
+    pub(crate) id: &'a SandboxId,
+    pub(crate) execution: &'a ExecutionId,
+    pub(crate) template: &'a TemplateId,
+    pub(crate) build: &'a BuildId,
+    pub(crate) end_at: UnixMillis,
+    pub(crate) envd_access_token: Option<&'a Secret<String>>,
+    pub(crate) env_vars: BTreeMap<String, String>,
+    pub(crate) allow_internet: bool,
+}
+
+/// One sandbox that is gone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Ended {
+    pub(crate) id: SandboxId,
+    pub(crate) execution: ExecutionId,
+    pub(crate) reason: &'static str,
+}
+
+/// A client of one node. Reconnects by itself.
+#[derive(Clone)]
+pub(crate) struct Node {
+    client: NodeServiceClient<SharedHttp2Connection>,
+}
+
+impl Node {
+    /// A client of the node at `socket`. Connects at the first call. Needs a runtime.
+    pub(crate) fn at(socket: &Path) -> Node {
+        let authority = Uri::from_static("http://node");
+        let connection = Http2Connection::builder()
+            .keep_alive_interval(PING_INTERVAL)
+            .keep_alive_timeout(PING_TIMEOUT)
+            .lazy_unix(socket, authority.clone())
+            .shared(MAX_WAITING_CALLS);
+        Node { client: NodeServiceClient::new(connection, ClientConfig::new(authority).proto()) }
+    }
+
+    /// Starts a sandbox and waits until its guest is ready.
+    pub(crate) async fn create(&self, start: Start<'_>) -> Result<Observed, NodeCallError> {
+        const WHAT: &str = "create a sandbox";
+        let request = CreateSandboxRequest {
+            sandbox_id: start.id.to_string(),
+            execution_id: start.execution.to_string(),
+            build_id: start.build.to_string(),
+            template_id: start.template.to_string(),
+            end_at_unix_ms: start.end_at.0,
+            envd_access_token: start
+                .envd_access_token
+                .map_or_else(String::new, |token| token.expose().clone()),
+            env_vars: start.env_vars.into_iter().collect(),
+            allow_internet_access: start.allow_internet,
+            ..Default::default()
+        };
+        let answer = self
+            .client
+            .create_sandbox_with_options(request, within(CREATE_DEADLINE))
+            .await
+            .map_err(|source| NodeCallError { what: WHAT, source })?
+            .into_owned();
+        let info = answer.sandbox.into_option().unwrap_or_default();
+        observed(&info).map_err(|reason| malformed(WHAT, &reason))
+    }
+
+    /// Everything the node holds. A sandbox this process cannot read is left out, with a warning.
+    pub(crate) async fn list(&self) -> Result<Vec<Observed>, NodeCallError> {
+        let answer = self
+            .client
+            .list_sandboxes_with_options(ListSandboxesRequest::default(), within(CALL_DEADLINE))
+            .await
+            .map_err(|source| NodeCallError { what: "list sandboxes", source })?
+            .into_owned();
+        let readable = answer.sandboxes.iter().filter_map(|info| {
+            observed(info)
+                .inspect_err(|reason| {
+                    warn!(sandbox = info.sandbox_id, reason, "unreadable sandbox")
+                })
+                .ok()
+        });
+        Ok(readable.collect())
+    }
+
+    /// Moves the end of a sandbox.
+    pub(crate) async fn set_end(
+        &self,
+        id: &SandboxId,
+        end_at: UnixMillis,
+    ) -> Result<(), NodeCallError> {
+        let request = SetSandboxEndRequest {
+            sandbox_id: id.to_string(),
+            end_at_unix_ms: end_at.0,
+            ..Default::default()
+        };
+        self.client
+            .set_sandbox_end_with_options(request, within(CALL_DEADLINE))
+            .await
+            .map_err(|source| NodeCallError { what: "move a sandbox's end", source })?;
+        Ok(())
+    }
+
+    /// Kills a sandbox and waits until nothing of it is left.
+    pub(crate) async fn kill(&self, id: &SandboxId) -> Result<(), NodeCallError> {
+        let request = KillSandboxRequest { sandbox_id: id.to_string(), ..Default::default() };
+        self.client
+            .kill_sandbox_with_options(request, within(KILL_DEADLINE))
+            .await
+            .map_err(|source| NodeCallError { what: "kill a sandbox", source })?;
+        Ok(())
+    }
+
+    /// What the node can start sandboxes from. Unreadable ones are left out, with a warning.
+    pub(crate) async fn templates(&self) -> Result<Vec<Template>, NodeCallError> {
+        let answer = self
+            .client
+            .list_templates_with_options(ListTemplatesRequest::default(), within(CALL_DEADLINE))
+            .await
+            .map_err(|source| NodeCallError { what: "list templates", source })?
+            .into_owned();
+        let readable = answer.templates.into_iter().filter_map(|info| {
+            let id = info.template_id.clone();
+            template(info)
+                .inspect_err(|reason| warn!(template = id, reason, "unreadable template"))
+                .ok()
+        });
+        Ok(readable.collect())
+    }
+
+    /// Starts to watch for ends. When this returns, no later end is missed.
+    pub(crate) async fn watch(&self) -> Result<Watch, NodeCallError> {
+        let open = async {
+            // No deadline on the stream itself: pings tell when the node is gone.
+            let mut stream = self.client.watch_sandboxes(WatchSandboxesRequest::default()).await?;
+            stream.message::<WatchSandboxesResponse>().await?.ok_or_else(stream_ended)?;
+            Ok(Watch { stream })
+        };
+        tokio::time::timeout(CALL_DEADLINE, open)
+            .await
+            .unwrap_or_else(|_| Err(ConnectError::deadline_exceeded("no first message in time")))
+            .map_err(watch_failed)
+    }
+}
+
+/// An open stream of ends.
+pub(crate) struct Watch {
+    stream: ServerStream<
+        Incoming,
+        belljar_wire::rpc::belljar::node::v1::WatchSandboxesResponseView<'static>,
+    >,
+}
+
+impl Watch {
+    /// The next end; an error when the stream is over. Not cancel-safe.
+    pub(crate) async fn next(&mut self) -> Result<Ended, NodeCallError> {
+        loop {
+            let message = self.stream.message::<WatchSandboxesResponse>().await;
+            let message = message.and_then(|m| m.ok_or_else(stream_ended)).map_err(watch_failed)?;
+            let Some(ended) = message.to_owned_message().ended.into_option() else { continue };
+            match (ended.sandbox_id.parse(), ended.execution_id.parse()) {
+                (Ok(id), Ok(execution)) => {
+                    return Ok(Ended { id, execution, reason: reason(&ended.reason) });
+                }
+                _ => warn!(sandbox = ended.sandbox_id, "the node reported an unreadable end"),
+            }
+        }
+    }
+}
+
+fn watch_failed(source: ConnectError) -> NodeCallError {
+    NodeCallError { what: "watch sandboxes", source }
+}
+
+fn stream_ended() -> ConnectError {
+    ConnectError::unavailable("the node closed the stream")
+}
+
+fn within(deadline: Duration) -> CallOptions {
+    CallOptions::default().with_timeout(deadline)
+}
+
+fn malformed(what: &'static str, reason: &str) -> NodeCallError {
+    NodeCallError { what, source: ConnectError::internal(format!("its answer is wrong: {reason}")) }
+}
+
+/// The words of the node protocol, so that the store holds only known ones.
+fn reason(text: &str) -> &'static str {
+    match text {
+        "killed" => "killed",
+        "expired" => "expired",
+        "crashed" => "crashed",
+        "shutdown" => "shutdown",
+        _ => "unknown",
+    }
+}
+
+fn observed(info: &SandboxInfo) -> Result<Observed, String> {
+    Ok(Observed {
+        id: info.sandbox_id.parse().map_err(text)?,
+        execution: info.execution_id.parse().map_err(text)?,
+        template: info.template_id.parse().map_err(text)?,
+        build: info.build_id.parse().map_err(text)?,
+        ip: info.route_ip.parse().map_err(|_| format!("{:?} is no address", info.route_ip))?,
+        started_at: UnixMillis(info.started_at_unix_ms),
+        end_at: UnixMillis(info.end_at_unix_ms),
+        vcpus: Vcpus(info.vcpus),
+        memory: MiB(info.memory_mib),
+        disk: MiB(info.disk_mib),
+        envd_version: info.envd_version.clone(),
+    })
+}
+
+fn template(info: TemplateInfo) -> Result<Template, String> {
+    Ok(Template {
+        id: info.template_id.parse().map_err(text)?,
+        build: info.build_id.parse().map_err(text)?,
+        aliases: info.aliases,
+        vcpus: Vcpus(info.vcpus),
+        memory: MiB(info.memory_mib),
+        disk: MiB(info.disk_mib),
+        envd_version: info.envd_version,
+        created_at: UnixMillis(info.created_at_unix_ms),
+    })
+}
+
+fn text(error: belljar_domain::id::IdError) -> String {
+    error.to_string()
+}

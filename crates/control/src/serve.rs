@@ -1,0 +1,231 @@
+//! Start, serve, stop.
+//!
+//! HTTP/1.1 and h2c on one port, told apart by their first bytes. Start-up brings the live table up
+//! to date before the first request is taken, so that a sandbox that runs is never reported gone.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::body::Body;
+use belljar_daemon::{OnError, Scope};
+use http::{Request, Version, header};
+use hyper::body::Incoming;
+use hyper::rt::Executor;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+use tower::ServiceExt as _;
+use tracing::{debug, info, warn};
+
+use crate::api;
+use crate::app::{App, KeyMemory};
+use crate::config::{Config, Deps};
+use crate::drain::Drained;
+use crate::node::{Node, NodeCallError};
+use crate::reconcile::{self, ReconcileError};
+use crate::store::StoreError;
+use crate::templates::Templates;
+use crate::writer::Writer;
+
+/// Connections served at the same time; more wait in the listener's queue.
+const MAX_CONNECTIONS: usize = 4096;
+/// From connecting to the end of the first request's headers.
+const FIRST_REQUEST_TIME: Duration = Duration::from_secs(15);
+/// Between requests on an open connection, and for the headers of each. Longer than the 90 s after
+/// which the SDKs' connection pools give an idle connection up, so that they close first.
+const HEADER_TIME: Duration = Duration::from_secs(120);
+/// A silent HTTP/2 peer is asked for a sign of life this often.
+const H2_PING: Duration = Duration::from_secs(30);
+/// Concurrent requests on one HTTP/2 connection.
+const H2_STREAMS: u32 = 250;
+/// Wait after the listener failed, so that a lack of file descriptors is no busy loop.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// The control plane could not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// The store failed.
+    #[error("start the control plane with its store")]
+    Store(#[from] StoreError),
+    /// The node did not answer in time.
+    #[error("start the control plane: no answer from the node at {socket} in {wait_ms} ms")]
+    Node {
+        /// Where the node was expected.
+        socket: String,
+        /// How long it was waited for.
+        wait_ms: u128,
+        /// What went wrong last.
+        #[source]
+        source: NodeCallError,
+    },
+}
+
+/// Serves the REST API on `listener` until `scope` is cancelled.
+///
+/// Returns after open requests have been answered (at most `config.shutdown_grace`) and what is to
+/// be remembered is in the store. Sandboxes go on running. Not cancel-safe: cancel the scope
+/// instead of dropping the future.
+///
+/// # Errors
+/// [`ServeError`] when the store fails at start or the node does not answer within
+/// `config.node_wait`.
+pub async fn serve(
+    config: Config,
+    deps: Deps,
+    listener: TcpListener,
+    scope: Scope,
+) -> Result<(), ServeError> {
+    let grace = config.shutdown_grace;
+    let wait = config.node_wait;
+    // The writer's scope is nobody's child: it ends when the last thing to remember is written.
+    let writing = Scope::root("control writer");
+    let requests = scope.child("control");
+    let app = Arc::new(App {
+        live: Arc::default(),
+        node: Node::at(&deps.node_socket),
+        templates: Templates::default(),
+        writer: Writer::start(deps.store.clone(), &writing),
+        scope: requests.clone(),
+        routes: deps.routes,
+        tokens: deps.store.token_seed().await?,
+        keys: KeyMemory::default(),
+        reconcile_soon: tokio::sync::Notify::new(),
+        store: deps.store,
+        config,
+    });
+    let outcome = tokio::select! {
+        () = scope.cancelled() => Ok(()),
+        attached = reconcile::attach(&app, Some(Instant::now() + wait)) => match attached {
+            Ok(watch) => {
+                let follow = reconcile::follow(Arc::clone(&app), watch);
+                requests.spawn("follow node", OnError::FailScope, follow);
+                accept(&app, &listener).await;
+                Ok(())
+            }
+            Err(ReconcileError::Store(e)) => Err(e.into()),
+            Err(ReconcileError::Node(source)) => Err(ServeError::Node {
+                socket: deps.node_socket.display().to_string(),
+                wait_ms: wait.as_millis(),
+                source,
+            }),
+        },
+    };
+    drop(listener);
+    requests.close(grace).await;
+    drop(app);
+    writing.close(grace).await;
+    outcome
+}
+
+async fn accept(app: &Arc<App>, listener: &TcpListener) {
+    let router = api::router(Arc::clone(app));
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    if let Ok(address) = listener.local_addr() {
+        info!(%address, "REST API is up");
+    }
+    loop {
+        let place = tokio::select! {
+            () = app.scope.cancelled() => return,
+            place = Arc::clone(&places).acquire_owned() => place.expect("it is never closed"),
+        };
+        let accepted = tokio::select! {
+            () = app.scope.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                let (app, router) = (Arc::clone(app), router.clone());
+                let scope = app.scope.clone();
+                scope.spawn_shielded("rest connection", OnError::Log, async move {
+                    connection(&app, router, stream, peer).await;
+                    drop(place);
+                    Ok::<(), Infallible>(())
+                });
+            }
+            Err(e) => {
+                warn!(error = %e, "a connection was not accepted");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+}
+
+/// Serves one connection until it ends, or until the scope does and what was asked is answered.
+async fn connection(app: &App, router: axum::Router, stream: TcpStream, peer: SocketAddr) {
+    // Small answers must not wait for the peer's acknowledgement of the ones before.
+    if let Err(e) = stream.set_nodelay(true) {
+        debug!(%peer, error = %e, "no delay is not set");
+    }
+    let asked = AtomicBool::new(false);
+    let service = service_fn(|request: Request<Incoming>| {
+        asked.store(true, Ordering::Relaxed);
+        router.clone().oneshot(with_drained_body(request, &app.scope))
+    });
+    let mut builder = auto::Builder::new(Spawner(app.scope.clone()));
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIME);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(H2_PING)
+        .max_concurrent_streams(H2_STREAMS);
+    let served = builder.serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(served);
+    // The header timeout starts only once the protocol is known, so the first request has its own.
+    let nothing_asked = async {
+        tokio::time::sleep(FIRST_REQUEST_TIME).await;
+        if asked.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        outcome = served.as_mut() => return log_end(peer, outcome.err()),
+        () = nothing_asked => return debug!(%peer, "closed a connection that asked nothing"),
+        () = app.scope.cancelled() => {}
+    }
+    served.as_mut().graceful_shutdown();
+    match tokio::time::timeout(app.config.shutdown_grace, served).await {
+        Ok(outcome) => log_end(peer, outcome.err()),
+        Err(_) => debug!(%peer, "closed a connection that was still busy"),
+    }
+}
+
+fn log_end(peer: SocketAddr, error: Option<Box<dyn std::error::Error + Send + Sync>>) {
+    if let Some(e) = error {
+        debug!(%peer, error = %e, "connection broke");
+    }
+}
+
+/// HTTP/2 resets one stream; only HTTP/1.1 needs the rest of a body read. A client that waits for
+/// `100 Continue` sends nothing unless it is asked to.
+fn with_drained_body(request: Request<Incoming>, scope: &Scope) -> Request<Body> {
+    let waits = request.headers().contains_key(header::EXPECT);
+    if request.version() <= Version::HTTP_11 && !waits {
+        { let _ = (scope, Drained::new); request.map(Body::new) }
+    } else {
+        request.map(Body::new)
+    }
+}
+
+/// Puts the tasks of HTTP/2 streams into the scope.
+#[derive(Clone)]
+struct Spawner(Scope);
+
+impl<F> Executor<F> for Spawner
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, task: F) {
+        self.0.spawn_shielded("http2 stream", OnError::Log, async move {
+            task.await;
+            Ok::<(), Infallible>(())
+        });
+    }
+}

@@ -1,0 +1,223 @@
+//! Which templates there are, and what a reference like `[namespace/]name[:tag]` means.
+//!
+//! Source of the grammar: contract section 1.3. The node has the templates; all of them belong to
+//! the server, are open to every team, and have the one tag `default`.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use belljar_domain::{BuildId, Kind, MiB, TemplateId, UnixMillis, Vcpus};
+
+use crate::team::Team;
+
+const DEFAULT_TAG: &str = "default";
+/// Longest reference accepted, in bytes. Source: contract section 1.3 (`name` up to 128).
+const MAX_REFERENCE_BYTES: usize = 128;
+
+/// One template and the build sandboxes start from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Template {
+    pub(crate) id: TemplateId,
+    pub(crate) build: BuildId,
+    /// Its names, the main one first.
+    pub(crate) aliases: Vec<String>,
+    pub(crate) vcpus: Vcpus,
+    pub(crate) memory: MiB,
+    pub(crate) disk: MiB,
+    pub(crate) envd_version: String,
+    pub(crate) created_at: UnixMillis,
+}
+
+/// A parsed reference.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Reference {
+    namespace: Option<String>,
+    name: String,
+    tag: Option<String>,
+}
+
+/// A reference means no template the team may use. The texts are the contract's (section 1.2).
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ResolveError {
+    #[error("Invalid template reference: {reason}")]
+    Malformed { reason: &'static str },
+    #[error("template '{name}' not found")]
+    Unknown { name: String },
+    #[error("tag '{tag}' does not exist for template '{name}'")]
+    UnknownTag { tag: String, name: String },
+    #[error("you don't have access to template '{name}'")]
+    OtherTeam { name: String },
+}
+
+impl ResolveError {
+    pub(crate) fn kind(&self) -> Kind {
+        match self {
+            ResolveError::Malformed { .. } => Kind::Invalid,
+            ResolveError::Unknown { .. } | ResolveError::UnknownTag { .. } => Kind::NotFound,
+            ResolveError::OtherTeam { .. } => Kind::Forbidden,
+        }
+    }
+}
+
+fn is_name(text: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'_';
+    !text.is_empty() && text.bytes().all(allowed)
+}
+
+fn is_tag(text: &str) -> bool {
+    let stripped = text.replace('.', "");
+    !text.is_empty()
+        && (stripped.is_empty() || is_name(&stripped))
+        && text.parse::<BuildId>().is_err()
+}
+
+impl FromStr for Reference {
+    type Err = ResolveError;
+
+    fn from_str(text: &str) -> Result<Self, ResolveError> {
+        let malformed = |reason| ResolveError::Malformed { reason };
+        if text.len() > MAX_REFERENCE_BYTES {
+            return Err(malformed("it is longer than 128 characters"));
+        }
+        let text = text.trim().to_ascii_lowercase();
+        let (namespace, rest) = match text.split_once('/') {
+            Some((namespace, rest)) => (Some(namespace), rest),
+            None => (None, text.as_str()),
+        };
+        let (name, tag) = match rest.split_once(':') {
+            Some((name, tag)) => (name, Some(tag)),
+            None => (rest, None),
+        };
+        if name.is_empty() {
+            return Err(malformed("the name is empty"));
+        }
+        if !is_name(name) {
+            return Err(malformed("a name may hold a-z, 0-9, - and _ only"));
+        }
+        if namespace.is_some_and(|namespace| !is_name(namespace)) {
+            return Err(malformed("a namespace may hold a-z, 0-9, - and _ only"));
+        }
+        if tag.is_some_and(|tag| !is_tag(tag)) {
+            return Err(malformed("a tag may hold a-z, 0-9, -, _ and . only, and is no UUID"));
+        }
+        Ok(Reference {
+            namespace: namespace.map(str::to_owned),
+            name: name.to_owned(),
+            tag: tag.map(str::to_owned),
+        })
+    }
+}
+
+impl fmt::Display for Reference {
+    /// The reference without its tag.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(namespace) = &self.namespace {
+            write!(f, "{namespace}/")?;
+        }
+        f.write_str(&self.name)
+    }
+}
+
+/// The templates as last seen on the node. The lock is held to clone one pointer only.
+#[derive(Debug, Default)]
+pub(crate) struct Templates {
+    all: RwLock<Arc<Vec<Template>>>,
+}
+
+impl Templates {
+    /// Every template, in the node's order.
+    pub(crate) fn all(&self) -> Arc<Vec<Template>> {
+        Arc::clone(&self.all.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Makes `templates` what there is.
+    pub(crate) fn replace(&self, templates: Vec<Template>) {
+        *self.all.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(templates);
+    }
+
+    /// The template `reference` means for `team`.
+    ///
+    /// # Errors
+    /// [`ResolveError`] when there is none, or it is not theirs.
+    pub(crate) fn resolve(
+        &self,
+        reference: &Reference,
+        team: &Team,
+    ) -> Result<Template, ResolveError> {
+        if reference.namespace.as_deref().is_some_and(|namespace| namespace != team.slug) {
+            return Err(ResolveError::OtherTeam { name: reference.to_string() });
+        }
+        let all = self.all();
+        let found = all
+            .iter()
+            .find(|t| t.aliases.iter().any(|alias| *alias == reference.name))
+            .or_else(|| all.iter().find(|t| t.id.as_str() == reference.name))
+            .ok_or_else(|| ResolveError::Unknown { name: reference.to_string() })?;
+        match &reference.tag {
+            Some(tag) if tag != DEFAULT_TAG => {
+                Err(ResolveError::UnknownTag { tag: tag.clone(), name: reference.to_string() })
+            }
+            _ => Ok(found.clone()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::team::TeamId;
+
+    fn templates() -> Templates {
+        let templates = Templates::default();
+        templates.replace(vec![Template {
+            id: "abcdefghij0123456789".parse().expect("an id"),
+            build: BuildId::random(),
+            aliases: vec!["base".to_owned(), "basic_1".to_owned()],
+            vcpus: Vcpus(2),
+            memory: MiB(512),
+            disk: MiB(512),
+            envd_version: "0.6.13".to_owned(),
+            created_at: UnixMillis(0),
+        }]);
+        templates
+    }
+
+    fn resolve(text: &str) -> Result<TemplateId, ResolveError> {
+        let team = Team { id: TeamId::random(), slug: "default".to_owned() };
+        let reference: Reference = text.parse()?;
+        templates().resolve(&reference, &team).map(|t| t.id)
+    }
+
+    #[test]
+    fn every_spelling_of_a_template_finds_it() {
+        for text in
+            ["base", "BASE", "basic_1", "abcdefghij0123456789", "base:default", "default/base"]
+        {
+            assert!(resolve(text).is_ok(), "{text}: {:?}", resolve(text));
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_says_so_in_the_contracts_words() {
+        let texts = [
+            ("nope", "template 'nope' not found"),
+            ("base:v2", "tag 'v2' does not exist for template 'base'"),
+            ("others/base", "you don't have access to template 'others/base'"),
+        ];
+        for (text, message) in texts {
+            assert_eq!(resolve(text).expect_err(text).to_string(), message);
+        }
+    }
+
+    #[test]
+    fn malformed_references_are_refused() {
+        let uuid_tag = format!("base:{}", BuildId::random());
+        let long = "a".repeat(129);
+        for text in ["", " ", "a b", "a:", "/a", "a/", "é", "a:b:c", "../x", &uuid_tag, &long] {
+            let error = resolve(text).expect_err(text);
+            assert_eq!(error.kind(), Kind::Invalid, "{text:?}: {error}");
+            assert!(error.to_string().starts_with("Invalid template reference: "), "{error}");
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! The control plane over real sockets: TCP to its clients, a unix socket to its node.
+
+mod endpoints;
+mod faults;
+mod support;

@@ -1,0 +1,271 @@
+//! A node that keeps a map instead of machines, behind the real node RPC on a unix socket.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use belljar_daemon::{OnError, Scope, clock};
+use belljar_wire::rpc::belljar::node::v1::{
+    CreateSandboxRequest, CreateSandboxResponse, DescribeRequest, DescribeResponse,
+    KillSandboxRequest, KillSandboxResponse, ListSandboxesRequest, ListSandboxesResponse,
+    ListTemplatesRequest, ListTemplatesResponse, NodeService, NodeServiceExt as _, SandboxInfo,
+    SetSandboxEndRequest, SetSandboxEndResponse, TemplateInfo, WatchSandboxesRequest,
+    WatchSandboxesResponse, watch_sandboxes_response,
+};
+use connectrpc::{
+    ConnectError, ConnectRpcService, RequestContext, Response, Router, ServiceRequest,
+    ServiceResult, ServiceStream,
+};
+use futures::StreamExt as _;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::UnixListener;
+use tokio::sync::{broadcast, watch};
+
+use super::PATIENCE;
+
+pub(crate) const TEMPLATE_ID: &str = "basebasebasebasebase";
+pub(crate) const BUILD_ID: &str = "6f2b8a52-9d0f-4a43-a0bb-5d2f6b7f8c11";
+
+pub(crate) struct FakeNode {
+    pub(crate) state: Arc<State>,
+    socket: PathBuf,
+    scope: Scope,
+}
+
+/// What the node holds, and how it misbehaves.
+pub(crate) struct State {
+    pub(crate) sandboxes: Mutex<HashMap<String, SandboxInfo>>,
+    /// Every create that was asked for.
+    pub(crate) creates: Mutex<Vec<CreateSandboxRequest>>,
+    /// The answer to the next create, if not the usual one.
+    pub(crate) next_create: Mutex<Option<ConnectError>>,
+    /// Report a created sandbox as ended before answering the create.
+    pub(crate) end_at_once: Mutex<bool>,
+    /// While true, creates wait.
+    pub(crate) hold_creates: watch::Sender<bool>,
+    pub(crate) more_templates: Mutex<Vec<TemplateInfo>>,
+    ended: broadcast::Sender<watch_sandboxes_response::Ended>,
+}
+
+impl FakeNode {
+    pub(crate) async fn start(socket: &Path) -> FakeNode {
+        let state = Arc::new(State {
+            sandboxes: Mutex::default(),
+            creates: Mutex::default(),
+            next_create: Mutex::default(),
+            end_at_once: Mutex::default(),
+            hold_creates: watch::channel(false).0,
+            more_templates: Mutex::default(),
+            ended: broadcast::channel(64).0,
+        });
+        FakeNode::serve(socket, state).await
+    }
+
+    async fn serve(socket: &Path, state: Arc<State>) -> FakeNode {
+        let scope = Scope::root("fake node");
+        let listener = UnixListener::bind(socket).expect("a socket");
+        let router = Arc::new(Service(state.clone())).register(Router::new());
+        let service = TowerToHyperService::new(ConnectRpcService::new(router));
+        let connections = scope.clone();
+        scope.spawn("accept", OnError::Log, async move {
+            loop {
+                let (stream, _) = listener.accept().await?;
+                let service = service.clone();
+                connections.spawn("connection", OnError::Log, async move {
+                    let builder = auto::Builder::new(TokioExecutor::new());
+                    // How the peer left is the test's business, not this connection's.
+                    let _end = builder.serve_connection(TokioIo::new(stream), service).await;
+                    Ok::<(), Infallible>(())
+                });
+            }
+            #[expect(unreachable_code, reason = "names the type of the error above")]
+            Ok::<(), std::io::Error>(())
+        });
+        FakeNode { state, socket: socket.to_owned(), scope }
+    }
+
+    pub(crate) async fn stop(self) {
+        assert!(self.scope.close(PATIENCE).await, "the fake node did not stop");
+        std::fs::remove_file(&self.socket).expect("its socket");
+    }
+
+    /// Stops this node and starts one that has forgotten everything.
+    pub(crate) async fn restart_empty(self) -> FakeNode {
+        let socket = self.socket.clone();
+        self.stop().await;
+        FakeNode::start(&socket).await
+    }
+
+    /// Drops every connection but keeps its sandboxes.
+    pub(crate) async fn reconnect(self) -> FakeNode {
+        let (socket, state) = (self.socket.clone(), self.state.clone());
+        self.stop().await;
+        FakeNode::serve(&socket, state).await
+    }
+}
+
+impl State {
+    /// A sandbox ends by itself.
+    pub(crate) fn end(&self, id: &str, reason: &str) {
+        let gone = self.sandboxes.lock().expect("no panic holds it").remove(id).expect("it runs");
+        self.report(&gone, reason);
+    }
+
+    /// Ends a sandbox without telling anybody.
+    pub(crate) fn end_silently(&self, id: &str) {
+        self.sandboxes.lock().expect("no panic holds it").remove(id).expect("it runs");
+    }
+
+    pub(crate) fn holds(&self, id: &str) -> bool {
+        self.sandboxes.lock().expect("no panic holds it").contains_key(id)
+    }
+
+    pub(crate) fn end_of(&self, id: &str) -> i64 {
+        self.sandboxes.lock().expect("no panic holds it")[id].end_at_unix_ms
+    }
+
+    fn report(&self, gone: &SandboxInfo, reason: &str) {
+        // Nobody listens before the first watch.
+        let _listeners = self.ended.send(watch_sandboxes_response::Ended {
+            sandbox_id: gone.sandbox_id.clone(),
+            execution_id: gone.execution_id.clone(),
+            reason: reason.to_owned(),
+            ..Default::default()
+        });
+    }
+}
+
+pub(crate) fn template(
+    id: &str,
+    build: &str,
+    aliases: &[&str],
+    created_at_ms: i64,
+) -> TemplateInfo {
+    TemplateInfo {
+        template_id: id.to_owned(),
+        build_id: build.to_owned(),
+        aliases: aliases.iter().map(|&alias| alias.to_owned()).collect(),
+        vcpus: 2,
+        memory_mib: 512,
+        disk_mib: 1024,
+        envd_version: "0.6.13".to_owned(),
+        created_at_unix_ms: created_at_ms,
+        ..Default::default()
+    }
+}
+
+pub(crate) fn sandbox_info(id: &str, execution: &str, end_at_ms: i64) -> SandboxInfo {
+    SandboxInfo {
+        sandbox_id: id.to_owned(),
+        execution_id: execution.to_owned(),
+        build_id: BUILD_ID.to_owned(),
+        template_id: TEMPLATE_ID.to_owned(),
+        route_ip: "10.11.0.7".to_owned(),
+        started_at_unix_ms: clock::now().0,
+        end_at_unix_ms: end_at_ms,
+        vcpus: 2,
+        memory_mib: 512,
+        disk_mib: 1024,
+        envd_version: "0.6.13".to_owned(),
+        ..Default::default()
+    }
+}
+
+struct Service(Arc<State>);
+
+#[expect(refining_impl_trait, reason = "each answer has one type, and naming it is clearer")]
+impl NodeService for Service {
+    async fn describe(
+        &self,
+        _ctx: RequestContext,
+        _request: ServiceRequest<'_, DescribeRequest>,
+    ) -> ServiceResult<DescribeResponse> {
+        Response::ok(DescribeResponse { tier: "fake".to_owned(), ..Default::default() })
+    }
+
+    async fn create_sandbox(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, CreateSandboxRequest>,
+    ) -> ServiceResult<CreateSandboxResponse> {
+        let request = request.to_owned_message();
+        self.0.creates.lock().expect("no panic holds it").push(request.clone());
+        let mut held = self.0.hold_creates.subscribe();
+        held.wait_for(|held| !held).await.expect("the node outlives its calls");
+        if let Some(error) = self.0.next_create.lock().expect("no panic holds it").take() {
+            return Err(error);
+        }
+        let info = sandbox_info(&request.sandbox_id, &request.execution_id, request.end_at_unix_ms);
+        if *self.0.end_at_once.lock().expect("no panic holds it") {
+            self.0.report(&info, "crashed");
+        } else {
+            let mut sandboxes = self.0.sandboxes.lock().expect("no panic holds it");
+            sandboxes.insert(request.sandbox_id, info.clone());
+        }
+        Response::ok(CreateSandboxResponse { sandbox: info.into(), ..Default::default() })
+    }
+
+    async fn list_sandboxes(
+        &self,
+        _ctx: RequestContext,
+        _request: ServiceRequest<'_, ListSandboxesRequest>,
+    ) -> ServiceResult<ListSandboxesResponse> {
+        let sandboxes = self.0.sandboxes.lock().expect("no panic holds it");
+        let sandboxes = sandboxes.values().cloned().collect();
+        Response::ok(ListSandboxesResponse { sandboxes, ..Default::default() })
+    }
+
+    async fn set_sandbox_end(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, SetSandboxEndRequest>,
+    ) -> ServiceResult<SetSandboxEndResponse> {
+        let request = request.to_owned_message();
+        let mut sandboxes = self.0.sandboxes.lock().expect("no panic holds it");
+        let info = sandboxes
+            .get_mut(&request.sandbox_id)
+            .ok_or_else(|| ConnectError::not_found("it does not run here"))?;
+        info.end_at_unix_ms = request.end_at_unix_ms;
+        Response::ok(SetSandboxEndResponse::default())
+    }
+
+    async fn kill_sandbox(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, KillSandboxRequest>,
+    ) -> ServiceResult<KillSandboxResponse> {
+        let id = request.to_owned_message().sandbox_id;
+        let gone = self.0.sandboxes.lock().expect("no panic holds it").remove(&id);
+        let gone = gone.ok_or_else(|| ConnectError::not_found("it does not run here"))?;
+        self.0.report(&gone, "killed");
+        Response::ok(KillSandboxResponse::default())
+    }
+
+    async fn list_templates(
+        &self,
+        _ctx: RequestContext,
+        _request: ServiceRequest<'_, ListTemplatesRequest>,
+    ) -> ServiceResult<ListTemplatesResponse> {
+        let mut templates = vec![template(TEMPLATE_ID, BUILD_ID, &["base", "debian"], 1_000)];
+        templates.extend(self.0.more_templates.lock().expect("no panic holds it").clone());
+        Response::ok(ListTemplatesResponse { templates, ..Default::default() })
+    }
+
+    async fn watch_sandboxes(
+        &self,
+        _ctx: RequestContext,
+        _request: ServiceRequest<'_, WatchSandboxesRequest>,
+    ) -> ServiceResult<ServiceStream<WatchSandboxesResponse>> {
+        let ended = self.0.ended.subscribe();
+        let first = futures::stream::iter([Ok(WatchSandboxesResponse::default())]);
+        let ends = futures::stream::unfold(ended, |mut ended| async move {
+            let end = ended.recv().await.ok()?;
+            let message = WatchSandboxesResponse { ended: end.into(), ..Default::default() };
+            Some((Ok(message), ended))
+        });
+        Response::ok(first.chain(ends).boxed())
+    }
+}

@@ -1,0 +1,397 @@
+//! The host's control port: a virtio-serial port that carries `wire::guest` lines.
+//!
+//! A thread of its own waits on the port, so that an init message right after a restore is
+//! answered whatever the rest of the daemon does. It waits for *edges*: a port whose host side is
+//! closed reports a hang-up all the time, and its reads return 0, but each change (data, the host
+//! coming back) wakes the waiter once.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use belljar_domain::Secret;
+use belljar_wire::ENVD_VERSION;
+use belljar_wire::guest::{self, FromGuest, Init, LINE_MAX_BYTES, PORT_NAME, ToGuest};
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::process::Signal;
+use rustix::time::Timespec;
+
+use super::identity::{IdentityFiles, Names};
+use super::{IDENTITY_DIR, log_failure, reboot, set_clock};
+use crate::children;
+use crate::state::{NewIdentity, State};
+use crate::sys;
+
+/// How often the port is looked for while the kernel still announces it, and for how long.
+const SEARCH_PAUSE: Duration = Duration::from_millis(10);
+const SEARCH_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long to leave a port alone that could not be used.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+
+/// Longest wait for an edge; a lost one costs no more than that.
+const EDGE_LIMIT: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+
+/// How long programs may take to end after SIGTERM, and after SIGKILL, in a shutdown.
+const TERM_GRACE: Duration = Duration::from_millis(1000);
+const KILL_GRACE: Duration = Duration::from_millis(500);
+
+/// Starts the thread. Call it once the server listens: it says so to the host.
+///
+/// # Errors
+/// When the thread cannot be made.
+pub fn start(state: Arc<State>) -> io::Result<()> {
+    std::thread::Builder::new()
+        .name("control".to_owned())
+        .stack_size(256 * 1024)
+        .spawn(move || {
+            let mut first = true;
+            while let Some(path) = find_port(Path::new("/sys/class/virtio-ports")) {
+                let outcome = Port::open(&path).and_then(|mut port| {
+                    if std::mem::take(&mut first) {
+                        port.say(&FromGuest::Booted { envd_version: ENVD_VERSION.to_owned() });
+                    }
+                    port.serve(&state)
+                });
+                if let Err(error) = outcome {
+                    tracing::warn!(%error, "failed to use the control port; opening it again");
+                    pause(RETRY_PAUSE);
+                }
+            }
+            tracing::warn!("the machine has no control port");
+        })
+        .map(drop)
+}
+
+/// Waits for the port to appear: the kernel learns its name from the host some time after boot.
+fn find_port(class: &Path) -> Option<PathBuf> {
+    let mut waited = Duration::ZERO;
+    loop {
+        let entries = std::fs::read_dir(class).into_iter().flatten().flatten();
+        for entry in entries {
+            let name = std::fs::read_to_string(entry.path().join("name")).unwrap_or_default();
+            if name.trim_end() == PORT_NAME {
+                return Some(Path::new("/dev").join(entry.file_name()));
+            }
+        }
+        if waited >= SEARCH_LIMIT {
+            return None;
+        }
+        pause(SEARCH_PAUSE);
+        waited += SEARCH_PAUSE;
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "sysfs announces neither the port's name nor its return, so it is looked for"
+)]
+fn pause(length: Duration) {
+    std::thread::sleep(length);
+}
+
+struct Port {
+    device: OwnedFd,
+    edges: OwnedFd,
+    lines: Lines,
+    outgoing: Vec<u8>,
+    identity: IdentityFiles,
+}
+
+impl Port {
+    fn open(path: &Path) -> io::Result<Port> {
+        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+        let device = rustix::fs::open(path, flags, Mode::empty())?;
+        let edges = epoll::create(CreateFlags::CLOEXEC)?;
+        let both_ways = EventFlags::IN | EventFlags::OUT | EventFlags::ET;
+        epoll::add(&edges, &device, EventData::new_u64(0), both_ways)?;
+        let identity = IdentityFiles::new(Path::new(IDENTITY_DIR));
+        Ok(Port { device, edges, lines: Lines::default(), outgoing: Vec::new(), identity })
+    }
+
+    /// Obeys the host until the port is gone.
+    fn serve(&mut self, state: &State) -> io::Result<()> {
+        loop {
+            self.flush()?;
+            let mut events = Vec::with_capacity(1);
+            match epoll::wait(&self.edges, spare_capacity(&mut events), Some(&EDGE_LIMIT)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            while let Some(more) = self.receive()? {
+                self.lines.push(&more);
+                while let Some(line) = self.lines.next() {
+                    let Obeyed { answer, names } = obey(state, &line);
+                    self.say(&answer);
+                    self.flush()?;
+                    if let Some(names) = names {
+                        log_failure("write the identity files", self.identity.write(names));
+                        state.set_settling(false);
+                    }
+                }
+            }
+        }
+    }
+
+    /// What has arrived; `None` when that was all.
+    fn receive(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let mut bytes = Vec::with_capacity(16 * 1024);
+        loop {
+            return match rustix::io::read(&self.device, spare_capacity(&mut bytes)) {
+                Ok(0) => {
+                    // The host is not there: half a line of the last one means nothing to the next.
+                    self.lines.clear();
+                    Ok(None)
+                }
+                Ok(_) => Ok(Some(bytes)),
+                Err(Errno::AGAIN) => Ok(None),
+                Err(Errno::INTR) => continue,
+                Err(error) => Err(error.into()),
+            };
+        }
+    }
+
+    fn say(&mut self, message: &FromGuest) {
+        self.outgoing.extend_from_slice(&guest::encode(message));
+    }
+
+    /// Writes what the host takes now; the rest waits for the next edge.
+    fn flush(&mut self) -> io::Result<()> {
+        while !self.outgoing.is_empty() {
+            match rustix::io::write(&self.device, &self.outgoing) {
+                Ok(written) => drop(self.outgoing.drain(..written)),
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Cuts a stream of bytes into lines of bounded length.
+#[derive(Default)]
+struct Lines {
+    bytes: Vec<u8>,
+    /// Bytes known to hold no line feed.
+    scanned: usize,
+    /// The rest of a line that was too long is being thrown away.
+    skipping: bool,
+}
+
+impl Lines {
+    fn push(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    fn clear(&mut self) {
+        *self = Lines::default();
+    }
+
+    fn next(&mut self) -> Option<Vec<u8>> {
+        loop {
+            let fresh = self.bytes.get(self.scanned..).unwrap_or_default();
+            let Some(at) = fresh.iter().position(|byte| *byte == b'\n') else {
+                self.scanned = self.bytes.len();
+                if self.bytes.len() > LINE_MAX_BYTES {
+                    tracing::warn!("the host sent a line that is too long; skipping it");
+                    self.skipping = true;
+                    self.bytes.clear();
+                    self.scanned = 0;
+                }
+                return None;
+            };
+            let rest = self.bytes.split_off(self.scanned + at + 1);
+            let line = std::mem::replace(&mut self.bytes, rest);
+            self.scanned = 0;
+            if !std::mem::take(&mut self.skipping) {
+                return Some(line);
+            }
+        }
+    }
+}
+
+/// What became of one line.
+#[derive(Debug, PartialEq, Eq)]
+struct Obeyed {
+    answer: FromGuest,
+    /// To be written once the answer is out; requests wait for that, the host need not.
+    names: Option<Names>,
+}
+
+impl Obeyed {
+    fn with(answer: FromGuest) -> Obeyed {
+        Obeyed { answer, names: None }
+    }
+}
+
+/// Does what one line says.
+fn obey(state: &State, line: &[u8]) -> Obeyed {
+    match guest::decode(line) {
+        Ok(ToGuest::Init(init)) => {
+            let nonce = init.nonce;
+            match initialise(state, init) {
+                Ok(names) => Obeyed {
+                    answer: FromGuest::Ready { nonce, envd_version: ENVD_VERSION.to_owned() },
+                    names: Some(names),
+                },
+                Err(error) => Obeyed::with(FromGuest::Failed { nonce, message: error.to_string() }),
+            }
+        }
+        Ok(ToGuest::PrepareSnapshot { nonce }) => {
+            rustix::fs::sync();
+            Obeyed::with(FromGuest::Prepared { nonce })
+        }
+        Ok(ToGuest::Shutdown) => {
+            shut_down();
+            let message = "the machine could not be ended".to_owned();
+            Obeyed::with(FromGuest::Failed { nonce: 0, message })
+        }
+        Err(error) => Obeyed::with(FromGuest::Failed { nonce: 0, message: error.to_string() }),
+    }
+}
+
+/// Why an init message was not followed.
+#[derive(Debug, thiserror::Error)]
+enum InitError {
+    #[error("set the clock: {0}")]
+    Clock(io::Error),
+    #[error("read the entropy as hex")]
+    Hex,
+    #[error("mix in entropy: {0}")]
+    Entropy(io::Error),
+}
+
+/// Time and randomness come first: nothing may run under the new name with its sibling's.
+fn initialise(state: &State, init: Init) -> Result<Names, InitError> {
+    if init.time_unix_ns != 0 {
+        set_clock(init.time_unix_ns).map_err(InitError::Clock)?;
+    }
+    if !init.entropy_hex.is_empty() {
+        let entropy = hex::decode(&init.entropy_hex).map_err(|_| InitError::Hex)?;
+        for piece in entropy.chunks(sys::ENTROPY_MAX_BYTES) {
+            sys::add_entropy(piece).map_err(InitError::Entropy)?;
+        }
+    }
+    let names =
+        Names { sandbox_id: init.sandbox_id.clone(), template_id: init.template_id.clone() };
+    state.set_settling(true);
+    state.become_sandbox(NewIdentity {
+        sandbox_id: Some(init.sandbox_id),
+        template_id: Some(init.template_id),
+        access_token: init.access_token.filter(|token| !token.is_empty()).map(Secret::new),
+        env_vars: init.env_vars,
+        default_user: init.default_user,
+        default_workdir: init.default_workdir,
+    });
+    Ok(names)
+}
+
+fn shut_down() {
+    // Failing means that nobody is left to be told.
+    let _ = sys::signal_everyone(Signal::TERM);
+    if !children::wait_until_childless(TERM_GRACE) {
+        let _ = sys::signal_everyone(Signal::KILL);
+        children::wait_until_childless(KILL_GRACE);
+    }
+    reboot();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::{Settings, TokenCheck};
+
+    #[test]
+    fn lines_are_cut_wherever_the_pieces_end() {
+        let mut lines = Lines::default();
+        let mut seen = Vec::new();
+        for piece in ["a", "b\nc", "", "d\n\ne", "f"] {
+            lines.push(piece.as_bytes());
+            while let Some(line) = lines.next() {
+                seen.push(String::from_utf8(line).expect("text"));
+            }
+        }
+        assert_eq!(seen, ["ab\n", "cd\n", "\n"]);
+        lines.clear();
+        lines.push(b"g\n");
+        assert_eq!(lines.next().as_deref(), Some(&b"g\n"[..]));
+    }
+
+    #[test]
+    fn a_line_that_is_too_long_is_skipped_and_the_next_is_read() {
+        let mut lines = Lines::default();
+        for _ in 0..5 {
+            lines.push(&vec![b'x'; LINE_MAX_BYTES / 4 + 1]);
+            assert_eq!(lines.next(), None);
+        }
+        lines.push(b"tail\nnext\n");
+        assert_eq!(lines.next().as_deref(), Some(&b"next\n"[..]));
+        assert_eq!(lines.next(), None);
+    }
+
+    #[test]
+    fn an_init_line_is_applied_and_answered_with_its_nonce() {
+        let state = State::new(Settings::on_host("root"));
+        let init = Init {
+            nonce: 42,
+            sandbox_id: "iabc".to_owned(),
+            template_id: "base".to_owned(),
+            access_token: Some("secret".to_owned()),
+            ..Init::default()
+        };
+        let obeyed = obey(&state, &guest::encode(&ToGuest::Init(init)));
+        let envd_version = ENVD_VERSION.to_owned();
+        let names = Names { sandbox_id: "iabc".to_owned(), template_id: "base".to_owned() };
+        assert_eq!(
+            obeyed,
+            Obeyed { answer: FromGuest::Ready { nonce: 42, envd_version }, names: Some(names) }
+        );
+        assert_eq!(state.check_token(Some(b"secret")), TokenCheck::Right);
+    }
+
+    #[tokio::test]
+    async fn requests_wait_until_the_names_are_written() {
+        let state = State::new(Settings::on_host("root"));
+        state.settled().await;
+        obey(&state, &guest::encode(&ToGuest::Init(Init::default())));
+        let mut waiting = std::pin::pin!(state.settled());
+        assert!(futures::poll!(&mut waiting).is_pending());
+        state.set_settling(false);
+        waiting.await;
+    }
+
+    #[test]
+    fn junk_and_bad_entropy_are_answered_as_failed() {
+        let state = State::new(Settings::on_host("root"));
+        assert!(matches!(obey(&state, b"{}\n").answer, FromGuest::Failed { nonce: 0, .. }));
+        let init = Init { nonce: 9, entropy_hex: "zz".to_owned(), ..Init::default() };
+        assert!(matches!(
+            obey(&state, &guest::encode(&ToGuest::Init(init))).answer,
+            FromGuest::Failed { nonce: 9, .. }
+        ));
+    }
+
+    #[test]
+    fn a_snapshot_is_prepared_by_flushing() {
+        let state = State::new(Settings::on_host("root"));
+        let line = guest::encode(&ToGuest::PrepareSnapshot { nonce: 3 });
+        assert_eq!(obey(&state, &line), Obeyed::with(FromGuest::Prepared { nonce: 3 }));
+    }
+
+    #[test]
+    fn the_port_is_found_by_its_name() {
+        let class = tempfile::tempdir().expect("a directory");
+        for (port, name) in [("vport0p1", "other"), ("vport0p2", PORT_NAME)] {
+            std::fs::create_dir(class.path().join(port)).expect("made");
+            std::fs::write(class.path().join(port).join("name"), format!("{name}\n"))
+                .expect("written");
+        }
+        assert_eq!(find_port(class.path()), Some(PathBuf::from("/dev/vport0p2")));
+    }
+}

@@ -1,0 +1,85 @@
+//! The duties of PID 1: what the machine needs before anything else can run in it.
+
+mod cmdline;
+pub mod control;
+mod identity;
+mod mounts;
+mod network;
+
+use std::io;
+use std::path::Path;
+
+use rustix::process::{Resource, Rlimit};
+use rustix::time::{ClockId, Timespec};
+
+use crate::accounts::Accounts;
+use crate::children;
+use crate::state::{DEFAULT_PATH, Settings};
+
+/// Where the sandbox's names lie for programs inside.
+///
+/// Source: `contract/e2b-wire.md` section 2.6.
+const IDENTITY_DIR: &str = "/run/e2b";
+
+/// Host name of every sandbox.
+const HOST_NAME: &str = "sandbox";
+
+/// The user of requests that name none, in a template that has one.
+///
+/// Source: `contract/e2b-wire.md` section 2.6.
+const USUAL_USER: &str = "user";
+
+/// Open files a process may have without asking, and at most.
+const OPEN_FILES: (u64, u64) = (65_536, 1_048_576);
+
+/// Sets the machine up as far as it goes. What fails is logged: a sandbox without, say, its
+/// cgroup file system is of more use than none.
+pub fn set_up_machine() {
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    mounts::mount_all();
+    let limit = Rlimit { current: Some(OPEN_FILES.0), maximum: Some(OPEN_FILES.1) };
+    log_failure("raise the open files limit", rustix::process::setrlimit(Resource::Nofile, limit));
+    log_failure("set the host name", rustix::system::sethostname(HOST_NAME.as_bytes()));
+    log_failure("reap children", children::start_reaping());
+    let cmdline = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    network::bring_up(&cmdline::parse(&cmdline));
+    log_failure("mark the machine as a sandbox", identity::mark(Path::new(IDENTITY_DIR)));
+}
+
+/// What the daemon starts with in a guest; the host's init message says the rest.
+pub fn settings() -> Settings {
+    let user = if Accounts::load().user(USUAL_USER).is_some() { USUAL_USER } else { "root" };
+    Settings {
+        in_guest: true,
+        search_path: DEFAULT_PATH.to_owned(),
+        default_user: user.to_owned(),
+        default_workdir: None,
+        access_token: None,
+    }
+}
+
+/// Sets the wall clock, forwards or backwards.
+///
+/// # Errors
+/// As `clock_settime(2)`.
+pub fn set_clock(unix_ns: u64) -> io::Result<()> {
+    const NANOS: u64 = 1_000_000_000;
+    let seconds = i64::try_from(unix_ns / NANOS).expect("2^64 ns are fewer than 2^63 s");
+    let nanos = i64::try_from(unix_ns % NANOS).expect("below 10^9");
+    Ok(rustix::time::clock_settime(
+        ClockId::Realtime,
+        Timespec { tv_sec: seconds, tv_nsec: nanos },
+    )?)
+}
+
+/// Ends the machine. The host's VMM is told not to boot again, so this ends it too.
+pub fn reboot() {
+    rustix::fs::sync();
+    log_failure("reboot", rustix::system::reboot(rustix::system::RebootCommand::Restart));
+}
+
+fn log_failure<T, E: std::fmt::Display>(what: &str, outcome: Result<T, E>) {
+    if let Err(error) = outcome {
+        tracing::warn!(%error, "failed to {what}");
+    }
+}

@@ -1,0 +1,161 @@
+//! `POST /init`: takes on an identity over HTTP. The control port does the same in a guest; this
+//! route serves hosts without one, and the same daemon in tests.
+
+use std::collections::BTreeMap;
+
+use axum::extract::State as Shared;
+use axum::response::{IntoResponse as _, Response};
+use belljar_domain::Secret;
+use bytes::Bytes;
+use http::{HeaderMap, StatusCode};
+use serde::Deserialize;
+
+use super::{Services, json_error};
+use crate::auth;
+use crate::guest;
+use crate::state::{NewIdentity, TokenCheck};
+
+/// The body; every field may be absent.
+///
+/// Source: `contract/e2b-wire.md` section 2.1.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct InitRequest {
+    env_vars: Option<BTreeMap<String, String>>,
+    access_token: Option<String>,
+    timestamp: Option<String>,
+    default_user: Option<String>,
+    default_workdir: Option<String>,
+    volume_mounts: Vec<serde_json::Value>,
+    ca_bundle: Option<String>,
+}
+
+/// Answers 204 once requests meet the new identity.
+///
+/// A sandbox that has a token takes the new identity only from someone who knows it, by header or
+/// body; a request older than one already applied is a replay and changes nothing.
+pub(super) async fn post(
+    Shared(services): Shared<Services>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let request: InitRequest = if body.is_empty() {
+        InitRequest::default()
+    } else {
+        match serde_json::from_slice(&body) {
+            Ok(request) => request,
+            Err(error) => {
+                return json_error(StatusCode::BAD_REQUEST, &format!("invalid body: {error}"));
+            }
+        }
+    };
+    let state = &services.state;
+    let in_body = request.access_token.as_deref().filter(|token| !token.is_empty());
+    let known = |token: Option<&[u8]>| {
+        matches!(state.check_token(token), TokenCheck::Open | TokenCheck::Right)
+    };
+    if !known(auth::token(&headers)) && !known(in_body.map(str::as_bytes)) {
+        let message = "access token validation failed";
+        return json_error(StatusCode::UNAUTHORIZED, message);
+    }
+    if !request.volume_mounts.is_empty() || request.ca_bundle.is_some_and(|ca| !ca.is_empty()) {
+        let message = "volume mounts and CA bundles are not supported by this daemon";
+        return json_error(StatusCode::BAD_REQUEST, message);
+    }
+    if let Some(text) = &request.timestamp {
+        let Some(unix_ns) = parse_rfc3339(text) else {
+            let message = format!("invalid timestamp '{text}'");
+            return json_error(StatusCode::BAD_REQUEST, &message);
+        };
+        if !state.accept_init_time(unix_ns) {
+            return StatusCode::NO_CONTENT.into_response();
+        }
+        if state.settings().in_guest
+            && let Ok(unix_ns) = u64::try_from(unix_ns)
+            && let Err(error) = guest::set_clock(unix_ns)
+        {
+            tracing::warn!(%error, "failed to set the clock");
+        }
+    }
+    let token = in_body.map(|token| Secret::new(token.to_owned())).or(state.access_token());
+    state.become_sandbox(NewIdentity {
+        sandbox_id: None,
+        template_id: None,
+        access_token: token,
+        env_vars: request.env_vars.unwrap_or_else(|| state.own_env()),
+        default_user: request.default_user,
+        default_workdir: request.default_workdir,
+    });
+    StatusCode::NO_CONTENT.into_response()
+}
+
+/// Nanoseconds since the Unix epoch of an RFC 3339 time.
+fn parse_rfc3339(text: &str) -> Option<i128> {
+    let number = |range: std::ops::Range<usize>| -> Option<i64> {
+        let digits = text.get(range)?;
+        digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok())?
+    };
+    let (year, month, day) = (number(0..4)?, number(5..7)?, number(8..10)?);
+    let (hour, minute, second) = (number(11..13)?, number(14..16)?, number(17..19)?);
+    let marks = (text.get(4..5)?, text.get(7..8)?, text.get(13..14)?, text.get(16..17)?);
+    let split = matches!(text.as_bytes().get(10), Some(b'T' | b't' | b' '));
+    let valid = (1..=12).contains(&month) && (1..=31).contains(&day) && hour < 24 && minute < 60;
+    if marks != ("-", "-", ":", ":") || !split || !valid || second > 60 {
+        return None;
+    }
+    let mut rest = text.get(19..)?;
+    let mut nanoseconds = 0;
+    if let Some(fraction) = rest.strip_prefix('.') {
+        let digits = fraction.bytes().take_while(u8::is_ascii_digit).count();
+        let padded = format!("{:0<9}", fraction.get(..digits.min(9))?);
+        nanoseconds = padded.parse::<i128>().ok()?;
+        rest = fraction.get(digits..)?;
+    }
+    let offset_s = match rest.as_bytes() {
+        [b'Z' | b'z'] => 0,
+        [sign @ (b'+' | b'-'), _, _, b':', _, _] => {
+            let seconds = rest.get(1..3)?.parse::<i64>().ok()? * 3600
+                + rest.get(4..6)?.parse::<i64>().ok()? * 60;
+            if *sign == b'-' { -seconds } else { seconds }
+        }
+        _ => return None,
+    };
+    let seconds =
+        days_since_epoch(year, month, day) * 86_400 + hour * 3600 + minute * 60 + second - offset_s;
+    Some(i128::from(seconds) * 1_000_000_000 + nanoseconds)
+}
+
+/// Days from 1970-01-01 in the Gregorian calendar; years start in March, so that the leap day is
+/// the last day of a year.
+fn days_since_epoch(year: i64, month: i64, day: i64) -> i64 {
+    let year = if month <= 2 { year - 1 } else { year };
+    let month = (month + 9) % 12;
+    let era_days = year.div_euclid(400) * 146_097;
+    let year = year.rem_euclid(400);
+    era_days + year * 365 + year / 4 - year / 100 + (month * 153 + 2) / 5 + day - 1 - 719_468
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_become_nanoseconds() {
+        let second = 1_000_000_000;
+        for (text, expected) in [
+            ("1970-01-01T00:00:00Z", Some(0)),
+            ("2000-03-01T00:00:00Z", Some(951_868_800 * second)),
+            ("2024-02-29T12:34:56Z", Some(1_709_210_096 * second)),
+            ("2024-02-29T12:34:56.25Z", Some(1_709_210_096 * second + second / 4)),
+            ("2024-02-29T14:34:56+02:00", Some(1_709_210_096 * second)),
+            ("1969-12-31T23:59:59-00:00", Some(-second)),
+            ("2024-02-29T12:34:56", None),
+            ("2024-13-29T12:34:56Z", None),
+            ("2024-02-29X12:34:56Z", None),
+            ("yesterday", None),
+            ("", None),
+        ] {
+            assert_eq!(parse_rfc3339(text), expected, "{text}");
+        }
+    }
+}

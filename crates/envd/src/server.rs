@@ -1,0 +1,102 @@
+//! The listener: accepts connections, serves HTTP/1.1 and HTTP/2 on them, and ends them.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+
+use crate::http_api::{self, Services};
+use crate::state::State;
+
+/// How long a connection may sit between requests.
+///
+/// Source: `contract/e2b-wire.md` section 3.5: longer than each proxy in front of it.
+const IDLE_LIMIT: Duration = Duration::from_secs(640);
+
+/// How long sent bytes may stay unacknowledged before the connection counts as dead,
+/// milliseconds. A client that vanished while the machine was a snapshot must not hold back the
+/// process whose output it was reading.
+const UNACKNOWLEDGED_LIMIT_MS: u32 = 20_000;
+
+/// Most bytes of a request read at once, which is also the longest head. It bounds what an upload
+/// holds in memory on its way to the disk.
+const READ_MAX_BYTES: usize = 128 * 1024;
+
+/// How long to wait before accepting again when the process is out of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// How long tasks may take to end after the stop.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+
+/// Serves until `stop` is cancelled, then kills every process it started and waits for its tasks.
+///
+/// # Errors
+/// When the listener itself is broken.
+pub async fn serve(
+    listener: TcpListener,
+    state: Arc<State>,
+    stop: CancellationToken,
+) -> io::Result<()> {
+    let services = Services::new(Arc::clone(&state));
+    let router = http_api::router(&services);
+    let outcome = loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => break Ok(()),
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((socket, _)) => serve_connection(&state, socket, router.clone()),
+            Err(error) if is_about_one_connection(&error) => {}
+            Err(error) if is_exhaustion(&error) => {
+                tracing::warn!(%error, "failed to accept a connection; trying again");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+            Err(error) => break Err(error),
+        }
+    };
+    services.processes.kill_all();
+    if !state.tasks.close(STOP_GRACE).await {
+        tracing::warn!("tasks still run after the stop");
+    }
+    outcome
+}
+
+fn serve_connection(state: &Arc<State>, socket: TcpStream, router: axum::Router) {
+    // Both are optimisations of a connection that works without them.
+    let _ = socket.set_nodelay(true);
+    let _ = rustix::net::sockopt::set_tcp_user_timeout(&socket, UNACKNOWLEDGED_LIMIT_MS);
+    let mut incarnation = state.incarnation();
+    let tasks = state.tasks.clone();
+    state.tasks.spawn(async move {
+        let mut builder = auto::Builder::new(TokioExecutor::new());
+        builder
+            .http1()
+            .timer(TokioTimer::new())
+            .header_read_timeout(IDLE_LIMIT)
+            .max_buf_size(READ_MAX_BYTES);
+        builder.http2().timer(TokioTimer::new());
+        let connection =
+            builder.serve_connection(TokioIo::new(socket), TowerToHyperService::new(router));
+        tokio::select! {
+            // Errors here are a client's: it left, or sent no HTTP.
+            _ = connection => {}
+            _ = incarnation.changed() => {}
+            () = tasks.stopped() => {}
+        }
+    });
+}
+
+fn is_about_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
+}
+
+fn is_exhaustion(error: &io::Error) -> bool {
+    let exhausted = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
+    error.raw_os_error().is_some_and(|code| exhausted.contains(&code))
+}

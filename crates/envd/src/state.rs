@@ -1,0 +1,290 @@
+//! Who this sandbox is and how its requests are treated: what an init message changes.
+
+use std::collections::BTreeMap;
+use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use belljar_domain::Secret;
+use subtle::ConstantTimeEq as _;
+use tokio::sync::watch;
+
+use crate::task;
+
+/// `PATH` of processes when nothing else sets it: what a Debian login gives root.
+pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// What is fixed for the life of the daemon, and the identity it starts with.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Whether this daemon is PID 1 of a guest and may change the machine.
+    pub in_guest: bool,
+    /// `PATH` of processes below what global variables and requests say.
+    pub search_path: String,
+    /// The user of requests that name none.
+    pub default_user: String,
+    /// The directory an empty path means; `None` is the user's home.
+    pub default_workdir: Option<String>,
+    /// What `X-Access-Token` must say; `None` asks for none.
+    pub access_token: Option<Secret<String>>,
+}
+
+impl Settings {
+    /// Serves as `default_user` and leaves the machine alone.
+    pub fn on_host(default_user: impl Into<String>) -> Settings {
+        Settings {
+            in_guest: false,
+            search_path: DEFAULT_PATH.to_owned(),
+            default_user: default_user.into(),
+            default_workdir: None,
+            access_token: None,
+        }
+    }
+}
+
+/// Shared by every request.
+#[derive(Debug)]
+pub struct State {
+    settings: Settings,
+    identity: RwLock<Identity>,
+    /// Whether part of an identity is still being put in place; requests wait for that.
+    settling: watch::Sender<bool>,
+    /// Which guest this is, counted up when it turns into another sandbox.
+    incarnation: watch::Sender<u64>,
+    /// Every task of the daemon.
+    pub tasks: task::Group,
+}
+
+/// What an init message replaces.
+#[derive(Debug, Clone, Default)]
+struct Identity {
+    sandbox_id: String,
+    template_id: String,
+    access_token: Option<Secret<String>>,
+    env_vars: BTreeMap<String, String>,
+    default_user: String,
+    default_workdir: Option<String>,
+    /// Time of the newest init request over HTTP, nanoseconds since the Unix epoch.
+    initialised_at_ns: Option<i128>,
+}
+
+/// What an init message says, whichever way it came.
+#[derive(Debug, Clone, Default)]
+pub struct NewIdentity {
+    /// The sandbox; `None` keeps the current one.
+    pub sandbox_id: Option<String>,
+    /// Its template; `None` keeps the current one.
+    pub template_id: Option<String>,
+    /// What `X-Access-Token` must say from now on; `None` asks for none.
+    pub access_token: Option<Secret<String>>,
+    /// Environment of every process; replaces the current one.
+    pub env_vars: BTreeMap<String, String>,
+    /// The user of requests that name none; `None` keeps the current one.
+    pub default_user: Option<String>,
+    /// The directory an empty path means; `None` keeps the current one.
+    pub default_workdir: Option<String>,
+}
+
+/// What an access token is to a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TokenCheck {
+    /// The sandbox asks for none.
+    Open,
+    /// It is the right one.
+    Right,
+    /// The request has none.
+    Missing,
+    /// It is another one.
+    Wrong,
+}
+
+impl State {
+    /// A fresh daemon.
+    pub fn new(settings: Settings) -> State {
+        let identity = Identity {
+            access_token: settings.access_token.clone(),
+            default_user: settings.default_user.clone(),
+            default_workdir: settings.default_workdir.clone(),
+            ..Identity::default()
+        };
+        State {
+            settings,
+            identity: RwLock::new(identity),
+            settling: watch::Sender::new(false),
+            incarnation: watch::Sender::new(0),
+            tasks: task::Group::default(),
+        }
+    }
+
+    /// What was fixed at start.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Takes on an identity. A guest that becomes another sandbox drops every connection of the
+    /// one it was cloned from: their peers are gone and would hold back running processes.
+    pub fn become_sandbox(&self, new: NewIdentity) {
+        let mut identity = self.write();
+        let other = new.sandbox_id.as_ref().is_some_and(|id| *id != identity.sandbox_id);
+        if let Some(id) = new.sandbox_id {
+            identity.sandbox_id = id;
+        }
+        if let Some(id) = new.template_id {
+            identity.template_id = id;
+        }
+        if let Some(user) = new.default_user.filter(|user| !user.is_empty()) {
+            identity.default_user = user;
+        }
+        if let Some(workdir) = new.default_workdir {
+            identity.default_workdir = Some(workdir).filter(|workdir| !workdir.is_empty());
+        }
+        identity.access_token = new.access_token;
+        identity.env_vars = new.env_vars;
+        drop(identity);
+        if other {
+            self.incarnation.send_modify(|count| *count += 1);
+        }
+    }
+
+    /// Says whether part of an identity is still being put in place.
+    pub fn set_settling(&self, settling: bool) {
+        self.settling.send_replace(settling);
+    }
+
+    /// Waits until nothing of an identity is being put in place. Cancel-safe.
+    pub async fn settled(&self) {
+        if *self.settling.borrow() {
+            // The sender lives in `self`, so the wait can only end well.
+            let _ = self.settling.subscribe().wait_for(|settling| !settling).await;
+        }
+    }
+
+    /// Records the time of an init request, nanoseconds since the Unix epoch, and says whether it
+    /// is newer than all before. Others are replays.
+    pub fn accept_init_time(&self, unix_ns: i128) -> bool {
+        let mut identity = self.write();
+        if identity.initialised_at_ns.is_some_and(|newest| newest >= unix_ns) {
+            return false;
+        }
+        identity.initialised_at_ns = Some(unix_ns);
+        true
+    }
+
+    /// Changes when the guest becomes another sandbox.
+    pub fn incarnation(&self) -> watch::Receiver<u64> {
+        self.incarnation.subscribe()
+    }
+
+    /// Compares a token in constant time.
+    pub fn check_token(&self, given: Option<&[u8]>) -> TokenCheck {
+        match (&self.read().access_token, given) {
+            (None, _) => TokenCheck::Open,
+            (Some(_), None) => TokenCheck::Missing,
+            (Some(token), Some(given)) if bool::from(token.expose().as_bytes().ct_eq(given)) => {
+                TokenCheck::Right
+            }
+            (Some(_), Some(_)) => TokenCheck::Wrong,
+        }
+    }
+
+    /// The token, for signatures.
+    pub fn access_token(&self) -> Option<Secret<String>> {
+        self.read().access_token.clone()
+    }
+
+    /// The user of requests that name none.
+    pub fn default_user(&self) -> String {
+        self.read().default_user.clone()
+    }
+
+    /// The directory an empty path means; `None` is the user's home.
+    pub fn default_workdir(&self) -> Option<String> {
+        self.read().default_workdir.clone()
+    }
+
+    /// Variables every process gets: the sandbox's names, then what the init message set.
+    pub fn global_env(&self) -> BTreeMap<String, String> {
+        let identity = self.read();
+        let mut env = BTreeMap::from([("E2B_SANDBOX".to_owned(), "true".to_owned())]);
+        for (name, value) in
+            [("E2B_SANDBOX_ID", &identity.sandbox_id), ("E2B_TEMPLATE_ID", &identity.template_id)]
+        {
+            if !value.is_empty() {
+                env.insert(name.to_owned(), value.clone());
+            }
+        }
+        env.extend(identity.env_vars.clone());
+        env
+    }
+
+    /// The environment the last init message set, without the sandbox's names.
+    pub fn own_env(&self) -> BTreeMap<String, String> {
+        self.read().env_vars.clone()
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Identity> {
+        self.identity.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Identity> {
+        self.identity.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn secured() -> State {
+        let token = Some(Secret::new("tok".to_owned()));
+        State::new(Settings { access_token: token, ..Settings::on_host("root") })
+    }
+
+    #[test]
+    fn only_the_exact_token_is_right() {
+        let state = secured();
+        assert_eq!(state.check_token(Some(b"tok")), TokenCheck::Right);
+        for wrong in ["", "to", "tok ", "tokk", "Tok"] {
+            assert_eq!(state.check_token(Some(wrong.as_bytes())), TokenCheck::Wrong, "{wrong}");
+        }
+        assert_eq!(state.check_token(None), TokenCheck::Missing);
+        let open = State::new(Settings::on_host("root"));
+        assert_eq!(open.check_token(Some(b"anything")), TokenCheck::Open);
+    }
+
+    #[test]
+    fn an_identity_replaces_token_and_environment_and_keeps_what_it_leaves_out() {
+        let state = secured();
+        let seen = state.incarnation();
+        let identity = NewIdentity {
+            sandbox_id: Some("ione".to_owned()),
+            template_id: Some("base".to_owned()),
+            env_vars: BTreeMap::from([("A".to_owned(), "1".to_owned())]),
+            default_workdir: Some("/srv".to_owned()),
+            ..NewIdentity::default()
+        };
+        state.become_sandbox(identity.clone());
+        assert_eq!(state.check_token(None), TokenCheck::Open);
+        assert_eq!(state.default_user(), "root");
+        assert_eq!(state.default_workdir().as_deref(), Some("/srv"));
+        let env = state.global_env();
+        assert_eq!(env["E2B_SANDBOX"], "true");
+        assert_eq!(env["E2B_SANDBOX_ID"], "ione");
+        assert_eq!(env["E2B_TEMPLATE_ID"], "base");
+        assert_eq!(env["A"], "1");
+        assert!(seen.has_changed().expect("state lives"));
+
+        let mut seen = state.incarnation();
+        seen.mark_unchanged();
+        state.become_sandbox(NewIdentity { env_vars: BTreeMap::new(), ..identity });
+        assert!(!seen.has_changed().expect("state lives"), "same sandbox, same connections");
+        assert!(!state.global_env().contains_key("A"));
+    }
+
+    #[test]
+    fn init_times_only_go_forward() {
+        let state = secured();
+        assert!(state.accept_init_time(10));
+        assert!(!state.accept_init_time(10));
+        assert!(!state.accept_init_time(9));
+        assert!(state.accept_init_time(11));
+    }
+}

@@ -1,0 +1,224 @@
+//! The host's end of the guest control channel: whole messages, matched answers, deadlines.
+
+use std::time::Duration;
+
+use belljar_domain::Kind;
+use belljar_wire::guest::{self, FromGuest, Init, LINE_MAX_BYTES, LineError, ToGuest};
+use tokio::io::{AsyncWriteExt as _, ReadHalf, WriteHalf};
+use tokio::time::{Instant, timeout_at};
+
+use crate::lines::Lines;
+use crate::machine::ControlStream;
+
+/// Talks to the guest daemon over a [`ControlStream`].
+pub struct GuestControl {
+    incoming: Lines<ReadHalf<ControlStream>>,
+    outgoing: WriteHalf<ControlStream>,
+}
+
+/// Why the guest did not do what it was told.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The machine is gone, or its daemon closed the channel.
+    #[error("reach the guest: its control channel is closed")]
+    Closed,
+    /// Reading or writing failed.
+    #[error("use the guest's control channel")]
+    Io {
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The guest sent something that is not a message.
+    #[error("understand the guest")]
+    Line {
+        /// Why.
+        #[source]
+        source: LineError,
+    },
+    /// The guest says it could not.
+    #[error("{step}: the guest answered `{message}`")]
+    Failed {
+        /// The step, as a verb phrase.
+        step: &'static str,
+        /// Hostile text: for the log, never for clients.
+        message: String,
+    },
+    /// It did not answer in time.
+    #[error("{step} within {waited_ms} ms")]
+    TimedOut {
+        /// The step, as a verb phrase.
+        step: &'static str,
+        /// How long was waited.
+        waited_ms: u64,
+    },
+}
+
+impl ControlError {
+    /// What a caller should do.
+    pub fn kind(&self) -> Kind {
+        match self {
+            ControlError::Closed | ControlError::Io { .. } => Kind::Unavailable,
+            ControlError::Line { .. } | ControlError::Failed { .. } => Kind::Internal,
+            ControlError::TimedOut { .. } => Kind::Timeout,
+        }
+    }
+}
+
+impl GuestControl {
+    /// Takes over a machine's control stream.
+    pub fn new(stream: ControlStream) -> GuestControl {
+        let (incoming, outgoing) = tokio::io::split(stream);
+        GuestControl { incoming: Lines::new(incoming, LINE_MAX_BYTES), outgoing }
+    }
+
+    /// The guest's next message. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`ControlError`]; after anything but a time-out the channel is of no more use.
+    pub async fn receive(&mut self) -> Result<FromGuest, ControlError> {
+        match self.incoming.next().await {
+            Ok(Some(line)) => guest::decode(&line).map_err(|source| ControlError::Line { source }),
+            Ok(None) => Err(ControlError::Closed),
+            Err(source) => Err(ControlError::Io { source }),
+        }
+    }
+
+    /// Sends one message. Not cancel-safe: half a line may be out.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn send(&mut self, message: &ToGuest, limit: Duration) -> Result<(), ControlError> {
+        let line = guest::encode(message);
+        let writing = async {
+            self.outgoing.write_all(&line).await?;
+            self.outgoing.flush().await
+        };
+        match tokio::time::timeout(limit, writing).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(e)) if e.kind() == std::io::ErrorKind::BrokenPipe => Err(ControlError::Closed),
+            Ok(Err(source)) => Err(ControlError::Io { source }),
+            Err(_) => Err(timed_out("send a message to the guest", limit)),
+        }
+    }
+
+    /// Waits for the guest of a cold boot and says its daemon's version. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn booted(&mut self, limit: Duration) -> Result<String, ControlError> {
+        self.answer("boot the guest", limit, |message| match message {
+            FromGuest::Booted { envd_version } => Some(envd_version),
+            _ => None,
+        })
+        .await
+    }
+
+    /// Gives the guest its identity and waits until it serves; says its daemon's version.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn init(&mut self, init: Init, limit: Duration) -> Result<String, ControlError> {
+        const STEP: &str = "make the guest ready";
+        let wanted = init.nonce;
+        self.send(&ToGuest::Init(init), limit).await?;
+        self.matching(STEP, wanted, limit, |message| match message {
+            FromGuest::Ready { nonce, envd_version } if nonce == wanted => Some(envd_version),
+            _ => None,
+        })
+        .await
+    }
+
+    /// Has the guest flush its file systems before a snapshot.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn prepare_snapshot(
+        &mut self,
+        nonce: u64,
+        limit: Duration,
+    ) -> Result<(), ControlError> {
+        const STEP: &str = "prepare the guest for its snapshot";
+        self.send(&ToGuest::PrepareSnapshot { nonce }, limit).await?;
+        self.matching(STEP, nonce, limit, |message| {
+            (message == FromGuest::Prepared { nonce }).then_some(())
+        })
+        .await
+    }
+
+    /// As [`GuestControl::answer`], and a failure of the same nonce ends the wait.
+    async fn matching<T>(
+        &mut self,
+        step: &'static str,
+        wanted: u64,
+        limit: Duration,
+        pick: impl Fn(FromGuest) -> Option<T>,
+    ) -> Result<T, ControlError> {
+        self.answer(step, limit, |message| match message {
+            FromGuest::Failed { nonce, message } if nonce == wanted => Some(Err(message)),
+            other => pick(other).map(Ok),
+        })
+        .await?
+        .map_err(|message| ControlError::Failed { step, message })
+    }
+
+    /// Waits for the message `pick` takes; others answer something nobody waits for any more.
+    async fn answer<T>(
+        &mut self,
+        step: &'static str,
+        limit: Duration,
+        pick: impl Fn(FromGuest) -> Option<T>,
+    ) -> Result<T, ControlError> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let message = timeout_at(deadline, self.receive())
+                .await
+                .map_err(|_| timed_out(step, limit))??;
+            if let Some(found) = pick(message) {
+                return Ok(found);
+            }
+        }
+    }
+}
+
+fn timed_out(step: &'static str, limit: Duration) -> ControlError {
+    ControlError::TimedOut { step, waited_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncReadExt as _;
+
+    const LIMIT: Duration = Duration::from_secs(5);
+
+    fn pair() -> (GuestControl, tokio::io::DuplexStream) {
+        let (ours, theirs) = tokio::io::duplex(4096);
+        (GuestControl::new(Box::new(ours)), theirs)
+    }
+
+    #[tokio::test]
+    async fn answers_to_older_questions_are_passed_over() {
+        let (mut control, mut guest) = pair();
+        for nonce in [1, 2] {
+            let old = FromGuest::Ready { nonce, envd_version: format!("v{nonce}") };
+            guest.write_all(&guest::encode(&old)).await.expect("room in the pipe");
+        }
+        let version = control.init(Init { nonce: 2, ..Init::default() }, LIMIT).await;
+        assert_eq!(version.expect("the second answer matches"), "v2");
+    }
+
+    #[tokio::test]
+    async fn a_failure_a_hang_and_an_end_are_told_apart() {
+        let (mut control, mut guest) = pair();
+        let failed = FromGuest::Failed { nonce: 3, message: "disk".into() };
+        guest.write_all(&guest::encode(&failed)).await.expect("room in the pipe");
+        let error = control.prepare_snapshot(3, LIMIT).await.expect_err("the guest failed");
+        assert!(matches!(error, ControlError::Failed { ref message, .. } if message == "disk"));
+        let error = control.booted(Duration::from_millis(20)).await.expect_err("silence");
+        assert_eq!(error.kind(), Kind::Timeout);
+        guest.read_u8().await.expect("the request is there");
+        drop(guest);
+        assert!(matches!(control.booted(LIMIT).await, Err(ControlError::Closed)));
+    }
+}

@@ -1,0 +1,210 @@
+//! The fake guest: control channel and a little HTTP.
+
+use std::convert::Infallible;
+use std::io;
+use std::sync::{Arc, PoisonError};
+
+use belljar_daemon::OnError;
+use belljar_wire::guest::{self, FromGuest, LINE_MAX_BYTES, ToGuest};
+use serde_json::json;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+
+use super::faults::{Fault, Faults, Step};
+use super::machine::Body;
+use crate::lines::Lines;
+use crate::machine::ExitCause;
+
+/// The guest daemon's port.
+pub const HTTP_PORT: u16 = 49983;
+/// What the fake says its daemon's version is.
+const VERSION: &str = "0.0.0-fake";
+/// Longest request head, and longest body that is read away.
+const HEAD_MAX_BYTES: usize = 16 * 1024;
+const BODY_MAX_BYTES: usize = 16 * 1024 * 1024;
+const CONNECTIONS: usize = 64;
+
+/// Speaks as the guest until the host closes the channel or the machine ends.
+pub(super) async fn speak(
+    stream: DuplexStream,
+    cold: bool,
+    body: Arc<Body>,
+    faults: Arc<Faults>,
+) -> io::Result<()> {
+    let (incoming, mut outgoing) = tokio::io::split(stream);
+    let mut incoming = Lines::new(incoming, LINE_MAX_BYTES);
+    if cold {
+        let booted = FromGuest::Booted { envd_version: VERSION.to_owned() };
+        if let Some(said) = tried(&faults, Step::GuestBoot, &body, 0, booted).await {
+            outgoing.write_all(&guest::encode(&said)).await?;
+        }
+    }
+    while let Some(line) = incoming.next().await? {
+        body.running().await;
+        let message = guest::decode(&line).map_err(io::Error::other)?;
+        let said = match message {
+            ToGuest::Init(init) => {
+                let nonce = init.nonce;
+                *body.identity.lock().unwrap_or_else(PoisonError::into_inner) = init;
+                let ready = FromGuest::Ready { nonce, envd_version: VERSION.to_owned() };
+                tried(&faults, Step::GuestInit, &body, nonce, ready).await
+            }
+            ToGuest::PrepareSnapshot { nonce } => {
+                let prepared = FromGuest::Prepared { nonce };
+                tried(&faults, Step::GuestPrepare, &body, nonce, prepared).await
+            }
+            ToGuest::Shutdown => {
+                body.end(ExitCause::GuestStopped);
+                return Ok(());
+            }
+        };
+        if let Some(said) = said {
+            outgoing.write_all(&guest::encode(&said)).await?;
+        }
+    }
+    // The host may close its end and come back by a new machine only; the guest lives on.
+    body.scope.cancelled().await;
+    Ok(())
+}
+
+/// What the guest says at `step`: `message`, a failure, or nothing.
+async fn tried(
+    faults: &Faults,
+    step: Step,
+    body: &Body,
+    nonce: u64,
+    message: FromGuest,
+) -> Option<FromGuest> {
+    match faults.reach(step).await {
+        None => Some(message),
+        Some(Fault::Fail) => Some(FromGuest::Failed { nonce, message: "injected".to_owned() }),
+        Some(Fault::Hang) => None,
+        Some(Fault::Crash) => {
+            body.crash();
+            None
+        }
+    }
+}
+
+/// Answers HTTP until the machine ends.
+pub(super) async fn serve(
+    listener: TcpListener,
+    body: Arc<Body>,
+    faults: Arc<Faults>,
+) -> io::Result<()> {
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let place = Arc::clone(&places).acquire_owned().await.map_err(io::Error::other)?;
+        let (stream, _) = listener.accept().await?;
+        let (task_body, faults) = (Arc::clone(&body), Arc::clone(&faults));
+        body.scope.spawn("fake guest connection", OnError::Log, async move {
+            // A broken request is the test's own doing and ends its connection only.
+            drop(converse(stream, &task_body, &faults).await);
+            drop(place);
+            Ok::<(), Infallible>(())
+        });
+    }
+}
+
+async fn converse(mut stream: TcpStream, body: &Body, faults: &Faults) -> io::Result<()> {
+    let mut pending = Vec::new();
+    while let Some(request) = read_request(&mut stream, &mut pending).await? {
+        body.running().await;
+        match faults.reach(Step::GuestHttp).await {
+            None => {}
+            Some(Fault::Hang) => std::future::pending().await,
+            Some(Fault::Fail) => {
+                respond(&mut stream, "500 Internal Server Error", "injected").await?;
+                continue;
+            }
+            Some(Fault::Crash) => {
+                body.crash();
+                return Ok(());
+            }
+        }
+        answer(&mut stream, body, &request).await?;
+    }
+    Ok(())
+}
+
+async fn answer(stream: &mut TcpStream, body: &Body, request: &Request) -> io::Result<()> {
+    if request.method == "GET" && request.path == "/health" {
+        return respond(stream, "204 No Content", "").await;
+    }
+    let identity = body.identity.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    if identity.access_token.is_some() && identity.access_token != request.access_token {
+        let refusal = json!({ "code": 401, "message": "unauthorized" }).to_string();
+        return respond(stream, "401 Unauthorized", &refusal).await;
+    }
+    let text = json!({
+        "sandboxID": identity.sandbox_id,
+        "templateID": identity.template_id,
+        "method": request.method,
+        "path": request.path,
+    });
+    respond(stream, "200 OK", &text.to_string()).await
+}
+
+async fn respond(stream: &mut TcpStream, status: &str, body: &str) -> io::Result<()> {
+    let length = if body.is_empty() {
+        String::new()
+    } else {
+        format!("content-type: application/json\r\ncontent-length: {}\r\n", body.len())
+    };
+    stream.write_all(format!("HTTP/1.1 {status}\r\n{length}\r\n{body}").as_bytes()).await
+}
+
+struct Request {
+    method: String,
+    path: String,
+    access_token: Option<String>,
+}
+
+/// Reads one request and its body; `None` at the end of the connection.
+async fn read_request(
+    stream: &mut TcpStream,
+    pending: &mut Vec<u8>,
+) -> io::Result<Option<Request>> {
+    let head_end = loop {
+        if let Some(at) = pending.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
+            break at + 4;
+        }
+        if pending.len() > HEAD_MAX_BYTES {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        if stream.read_buf(pending).await? == 0 {
+            return Ok(None);
+        }
+    };
+    let head = String::from_utf8_lossy(&pending[..head_end]).into_owned();
+    pending.drain(..head_end);
+    let mut lines = head.lines();
+    let mut words = lines.next().unwrap_or_default().split(' ').map(str::to_owned);
+    let (Some(method), Some(path)) = (words.next(), words.next()) else {
+        return Err(io::ErrorKind::InvalidData.into());
+    };
+    let header = |wanted: &str| {
+        head.lines().skip(1).find_map(|line| {
+            let (name, value) = line.split_once(':')?;
+            name.eq_ignore_ascii_case(wanted).then(|| value.trim().to_owned())
+        })
+    };
+    let length = match header("content-length") {
+        None if header("transfer-encoding").is_some() => {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        None => 0,
+        Some(text) => text.parse::<usize>().map_err(io::Error::other)?,
+    };
+    if length > BODY_MAX_BYTES {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    while pending.len() < length {
+        if stream.read_buf(pending).await? == 0 {
+            return Ok(None);
+        }
+    }
+    pending.drain(..length);
+    Ok(Some(Request { method, path, access_token: header("x-access-token") }))
+}

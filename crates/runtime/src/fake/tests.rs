@@ -1,0 +1,163 @@
+//! The fake passes the contract, and its faults do what they say.
+
+use super::*;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use belljar_domain::{MiB, Vcpus};
+use belljar_wire::guest::Init;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use crate::contract::{self, Harness};
+use crate::control::{ControlError, GuestControl};
+use crate::machine::{DiskExport, NetworkAttachment, PauseError};
+
+const LIMIT: Duration = Duration::from_secs(5);
+
+struct FakeHarness {
+    runtime: Arc<FakeRuntime>,
+    folder: tempfile::TempDir,
+}
+
+impl FakeHarness {
+    fn new(faults: &Arc<Faults>) -> FakeHarness {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        fs::write(folder.path().join("kernel"), b"kernel").expect("write a kernel");
+        FakeHarness { runtime: Arc::new(FakeRuntime::with_faults(Arc::clone(faults))), folder }
+    }
+
+    fn subfolder(&self, name: &str) -> PathBuf {
+        let path = self.folder.path().join(name);
+        fs::create_dir_all(&path).expect("make a folder");
+        path
+    }
+
+    /// Boots a machine and waits for its guest.
+    async fn booted(
+        &self,
+        spec: MachineSpec,
+    ) -> (Box<dyn Machine>, GuestControl, Result<String, ControlError>) {
+        let source = self.source(&spec.name).await;
+        let mut machine = self.runtime.boot(spec, source).await.expect("the fake boots");
+        let mut control = GuestControl::new(machine.take_control().expect("taken once"));
+        let booted = control.booted(Duration::from_millis(100)).await;
+        (machine, control, booted)
+    }
+}
+
+#[async_trait]
+impl Harness for FakeHarness {
+    fn runtime(&self) -> Arc<dyn Runtime> {
+        self.runtime.clone()
+    }
+
+    async fn source(&self, name: &str) -> BootSource {
+        let artifacts = self.subfolder(&format!("{name}-artifacts"));
+        BootSource { kernel: self.folder.path().join("kernel"), cmdline: Vec::new(), artifacts }
+    }
+
+    async fn spec(&self, name: &str, _saved: Option<&MachineSpec>) -> MachineSpec {
+        let run_dir = self.subfolder(&format!("{name}-run"));
+        MachineSpec {
+            name: name.to_owned(),
+            vcpus: Vcpus(1),
+            memory: MiB(1),
+            root_disk: vec![DiskExport::RawFile(run_dir.join("disk"))],
+            network: None,
+            run_dir,
+            identity: None,
+        }
+    }
+
+    fn patience(&self) -> Duration {
+        LIMIT
+    }
+}
+
+#[tokio::test]
+async fn the_fake_passes_the_contract() {
+    let log = belljar_testkit::LogOracle::install();
+    let harness = FakeHarness::new(&Arc::new(Faults::new()));
+    contract::run(&harness).await;
+    assert_eq!(harness.runtime.live_machines(), 0);
+    log.assert_quiet(&[]);
+}
+
+#[tokio::test]
+async fn a_broken_start_leaves_nothing() {
+    let faults = Arc::new(Faults::new());
+    let harness = FakeHarness::new(&faults);
+    for (fault, is_it) in [(Fault::Fail, "Refused"), (Fault::Crash, "Died")] {
+        faults.once(Step::Boot, fault);
+        let spec = harness.spec("broken", None).await;
+        let source = harness.source("broken").await;
+        let error = harness.runtime.boot(spec, source).await.err().expect("an injected fault");
+        assert!(format!("{error:?}").starts_with(is_it), "{error:?}");
+    }
+    faults.always(Step::Boot, Fault::Hang);
+    let spec = harness.spec("broken", None).await;
+    let boot = harness.runtime.boot(spec, harness.source("broken").await);
+    assert!(tokio::time::timeout(Duration::from_millis(20), boot).await.is_err());
+    assert_eq!(harness.runtime.live_machines(), 0);
+    assert_eq!(faults.reached(Step::Boot), 3);
+}
+
+#[tokio::test]
+async fn a_broken_guest_fails_hangs_or_takes_its_machine_along() {
+    let faults = Arc::new(Faults::new());
+    let harness = FakeHarness::new(&faults);
+    faults.once(Step::GuestBoot, Fault::Hang);
+    let (mut machine, mut control, booted) =
+        harness.booted(harness.spec("broken", None).await).await;
+    assert!(matches!(booted, Err(ControlError::TimedOut { .. })));
+    faults.once(Step::GuestInit, Fault::Fail);
+    let failed = control.init(Init::default(), LIMIT).await;
+    assert!(matches!(failed, Err(ControlError::Failed { .. })));
+    faults.once(Step::GuestInit, Fault::Crash);
+    let gone = control.init(Init::default(), LIMIT).await;
+    assert!(matches!(gone, Err(ControlError::Closed)));
+    assert!(matches!(machine.exited().await, ExitCause::Crashed { .. }));
+    assert!(matches!(machine.freeze().await, Err(PauseError::Gone)));
+    faults.once(Step::Kill, Fault::Fail);
+    machine.kill().await.expect_err("an injected fault");
+    assert_eq!(harness.runtime.live_machines(), 0);
+}
+
+#[tokio::test]
+async fn the_guest_answers_http_as_who_it_is_told_to_be() {
+    let harness = FakeHarness::new(&Arc::new(Faults::new()));
+    let network = NetworkAttachment {
+        netns: None,
+        tap: "none".into(),
+        guest_mac: [2, 0, 0, 0, 0, 1],
+        host_ip: Ipv4Addr::new(127, 91, 7, 33),
+    };
+    let mut spec = harness.spec("http", None).await;
+    spec.network = Some(network.clone());
+    let (mut machine, mut control, booted) = harness.booted(spec).await;
+    booted.expect("the fake boots");
+    let identity = Init {
+        sandbox_id: "isandbox".into(),
+        access_token: Some("secret".into()),
+        ..Init::default()
+    };
+    control.init(identity, LIMIT).await.expect("the fake is ready");
+    let ask = async |request: &str| {
+        let address = (network.host_ip, HTTP_PORT);
+        let mut stream = tokio::net::TcpStream::connect(address).await.expect("it listens");
+        stream.write_all(request.as_bytes()).await.expect("it reads");
+        stream.shutdown().await.expect("one request");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("it answers");
+        answer
+    };
+    let health = ask("GET /health HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    assert!(health.starts_with("HTTP/1.1 204"), "{health}");
+    let refused = ask("GET /other HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    assert!(refused.starts_with("HTTP/1.1 401"), "{refused}");
+    let post = "POST /a HTTP/1.1\r\nX-Access-Token: secret\r\nContent-Length: 3\r\n\r\nabc";
+    let answer = ask(post).await;
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("isandbox"), "{answer}");
+    machine.kill().await.expect("nothing is left");
+}

@@ -1,0 +1,316 @@
+//! Bringing one sandbox up: every acquisition beside its undo.
+//!
+//! ```text
+//! ledger entry → run folder → network slot → overlay → NBD server → machine → guest ready
+//! ```
+//!
+//! A failure at any step runs the undos of the steps before it, in reverse, and nothing is left.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use belljar_blockstore::{BaseImage, NbdServer, Overlay, SocketOwner};
+use belljar_daemon::{Scope, Teardown, clock};
+use belljar_domain::{BuildId, Kind, SandboxId};
+use belljar_network::{EgressPolicy, LeaseError};
+use belljar_runtime::{
+    DiskExport, Identity, Machine, MachineSpec, NetworkAttachment, StartError,
+};
+use belljar_wire::guest::Init;
+
+use crate::guest::{GuestControl, GuestError};
+use crate::ledger::{Entry, Ledger};
+use crate::registry::{CreateSandbox, Deps, SandboxInfo, Settings};
+use crate::template::{Template, TemplateMeta};
+
+/// Why a sandbox did not start. Nothing of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// No such build on this node.
+    #[error("find template build {build_id} on this node")]
+    NoTemplate {
+        /// The build asked for.
+        build_id: BuildId,
+    },
+    /// The id is taken.
+    #[error("create sandbox {sandbox_id}: it exists")]
+    Exists {
+        /// The id.
+        sandbox_id: SandboxId,
+    },
+    /// This node holds as many as it may.
+    #[error("create a sandbox: this node holds its limit of {limit}")]
+    NodeFull {
+        /// The limit.
+        limit: usize,
+    },
+    /// The node is stopping.
+    #[error("create a sandbox: the node is stopping")]
+    Closing,
+    /// No network slot.
+    #[error("get a network slot")]
+    Network {
+        /// Why.
+        #[source]
+        source: LeaseError,
+    },
+    /// A file or socket of the sandbox could not be made.
+    #[error("{step}")]
+    Io {
+        /// The step, as a verb phrase.
+        step: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The machine did not start.
+    #[error("start the machine")]
+    Machine {
+        /// Why.
+        #[source]
+        source: StartError,
+    },
+    /// The guest did not become ready.
+    #[error("reach the guest")]
+    Guest {
+        /// Why.
+        #[source]
+        source: GuestError,
+    },
+}
+
+impl CreateError {
+    /// What a caller should do.
+    pub fn kind(&self) -> Kind {
+        match self {
+            CreateError::NoTemplate { .. } => Kind::NotFound,
+            CreateError::Exists { .. } => Kind::Conflict,
+            CreateError::NodeFull { .. } => Kind::Quota,
+            CreateError::Closing => Kind::Unavailable,
+            CreateError::Network { source } => source.kind(),
+            CreateError::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+                Kind::Quota
+            }
+            CreateError::Io { .. } => Kind::Internal,
+            CreateError::Machine { source } => source.kind(),
+            CreateError::Guest { .. } => Kind::Unavailable,
+        }
+    }
+}
+
+/// A sandbox that runs, and how to give it back.
+pub(crate) struct Booted {
+    pub(crate) machine: Box<dyn Machine>,
+    pub(crate) control: GuestControl,
+    pub(crate) undo: Teardown,
+    pub(crate) info: SandboxInfo,
+}
+
+/// A template as the boot path needs it: its record, its folder and its opened base disk.
+#[derive(Clone)]
+pub(crate) struct ReadyTemplate {
+    pub(crate) template: Template,
+    pub(crate) base: Arc<BaseImage>,
+}
+
+/// The files of one sandbox on this host.
+struct Places {
+    machine: String,
+    run_dir: PathBuf,
+    overlay: PathBuf,
+}
+
+impl Places {
+    fn of(settings: &Settings, sandbox_id: &SandboxId) -> Places {
+        Places {
+            machine: format!("{}-{sandbox_id}", settings.host_tag),
+            run_dir: settings.run_dir.join(sandbox_id.as_str()),
+            overlay: settings.overlay_dir.join(format!("{sandbox_id}.overlay")),
+        }
+    }
+}
+
+/// Boots a sandbox from its template's snapshot. Not cancel-safe: run it shielded.
+pub(crate) async fn boot(
+    deps: &Deps,
+    settings: &Settings,
+    ledger: &Ledger,
+    scope: &Scope,
+    template: &ReadyTemplate,
+    request: &CreateSandbox,
+) -> Result<Booted, CreateError> {
+    let mut undo = Teardown::new(scope, settings.teardown_step_deadline);
+    match acquire(deps, settings, ledger, template, request, &mut undo).await {
+        Ok((machine, control, info)) => Ok(Booted { machine, control, undo, info }),
+        Err(e) => {
+            // Failed steps are logged where they fail; the caller hears why the boot did.
+            let _leaks = undo.run().await;
+            Err(e)
+        }
+    }
+}
+
+async fn acquire(
+    deps: &Deps,
+    settings: &Settings,
+    ledger: &Ledger,
+    template: &ReadyTemplate,
+    request: &CreateSandbox,
+    undo: &mut Teardown,
+) -> Result<(Box<dyn Machine>, GuestControl, SandboxInfo), CreateError> {
+    let started_at = clock::now();
+    let places = Places::of(settings, &request.sandbox_id);
+    enter_ledger(ledger, request, &places, started_at.0, undo)?;
+    make_run_dir(&places.run_dir, undo)?;
+    let (network, slot_index) = lease_slot(deps, request, undo).await?;
+    let route_ip = network.host_ip;
+    let identity = settings
+        .machine_uid_base
+        .map(|base| Identity { uid: base + slot_index, gid: base + slot_index });
+    let meta = &template.template.meta;
+    let spec = MachineSpec {
+        name: places.machine.clone(),
+        vcpus: meta.vcpus,
+        memory: meta.memory,
+        root_disk: vec![export_disk(&template.base, &places, identity, undo)?],
+        network: Some(network),
+        run_dir: places.run_dir.clone(),
+        identity,
+    };
+    let mut machine = deps
+        .runtime
+        .restore(spec, &template.template.dir)
+        .await
+        .map_err(|source| CreateError::Machine { source })?;
+    let (control, envd_version) = match become_sandbox(&mut *machine, request, meta, settings).await
+    {
+        Ok(ready) => ready,
+        Err(source) => {
+            if let Err(e) = machine.kill().await {
+                tracing::warn!(error = %e, "machine that never became ready was not removed whole");
+            }
+            return Err(CreateError::Guest { source });
+        }
+    };
+    let info = SandboxInfo {
+        sandbox_id: request.sandbox_id.clone(),
+        execution_id: request.execution_id.clone(),
+        template_id: request.template_id.clone(),
+        build_id: request.build_id.clone(),
+        route_ip,
+        started_at,
+        end_at: request.end_at,
+        vcpus: meta.vcpus,
+        memory: meta.memory,
+        disk: meta.disk,
+        envd_version,
+    };
+    Ok((machine, control, info))
+}
+
+async fn become_sandbox(
+    machine: &mut dyn Machine,
+    request: &CreateSandbox,
+    meta: &TemplateMeta,
+    settings: &Settings,
+) -> Result<(GuestControl, String), GuestError> {
+    let waiting_for = "opening it";
+    let stream = machine.take_control().ok_or(GuestError::Closed { waiting_for })?;
+    let mut control = GuestControl::new(stream);
+    let version = control.init(guest_init(request, meta), settings.ready_deadline).await?;
+    Ok((control, version))
+}
+
+fn enter_ledger(
+    ledger: &Ledger,
+    request: &CreateSandbox,
+    places: &Places,
+    started_at_unix_ms: i64,
+    undo: &mut Teardown,
+) -> Result<(), CreateError> {
+    let entry = Entry::new(
+        request.sandbox_id.as_str(),
+        request.execution_id.as_str(),
+        &places.machine,
+        places.run_dir.clone(),
+        places.overlay.clone(),
+        started_at_unix_ms,
+    );
+    ledger
+        .write(&entry)
+        .map_err(|source| CreateError::Io { step: "write the ledger entry", source })?;
+    let (ledger, id) = (ledger.clone(), entry.sandbox_id);
+    undo.push("ledger entry", async move { ledger.remove(&id).map_err(|e| e.to_string()) });
+    Ok(())
+}
+
+fn make_run_dir(run_dir: &Path, undo: &mut Teardown) -> Result<(), CreateError> {
+    std::fs::create_dir(run_dir)
+        .map_err(|source| CreateError::Io { step: "make the run folder", source })?;
+    let run_dir = run_dir.to_owned();
+    undo.push("run folder", async move {
+        std::fs::remove_dir_all(&run_dir).map_err(|e| e.to_string())
+    });
+    Ok(())
+}
+
+/// Leases a slot; answers the machine's view of it and its index.
+async fn lease_slot(
+    deps: &Deps,
+    request: &CreateSandbox,
+    undo: &mut Teardown,
+) -> Result<(NetworkAttachment, u32), CreateError> {
+    let policy =
+        if request.allow_internet_access { EgressPolicy::Internet } else { EgressPolicy::None };
+    let slot = deps.slots.lease(policy).await.map_err(|source| CreateError::Network { source })?;
+    let attachment = NetworkAttachment {
+        netns: slot.netns.clone(),
+        tap: slot.tap.clone(),
+        guest_mac: slot.guest_mac,
+        host_ip: slot.host_ip,
+    };
+    let index = slot.index;
+    let slots = deps.slots.clone();
+    undo.push("network slot", async move { slots.release(slot).await.map_err(|e| e.to_string()) });
+    Ok((attachment, index))
+}
+
+/// Lays a private overlay over the template's disk and serves it on a socket in the run folder.
+fn export_disk(
+    base: &Arc<BaseImage>,
+    places: &Places,
+    identity: Option<Identity>,
+    undo: &mut Teardown,
+) -> Result<DiskExport, CreateError> {
+    let overlay = Overlay::create(base.clone(), &places.overlay)
+        .map_err(|e| CreateError::Io { step: "make the disk overlay", source: e.source })?;
+    let overlay = Arc::new(overlay);
+    let file = overlay.clone();
+    undo.push("disk overlay", async move { file.remove().map_err(|e| e.to_string()) });
+    let socket = places.run_dir.join("disk.sock");
+    let owner = identity.map(|id| SocketOwner { uid: id.uid, gid: id.gid });
+    let server = NbdServer::bind(&socket, overlay, owner)
+        .map_err(|e| CreateError::Io { step: "serve the disk", source: io::Error::other(e) })?;
+    undo.push("disk server", async move {
+        let closed = tokio::task::spawn_blocking(move || server.close()).await;
+        closed.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
+    });
+    Ok(DiskExport::NbdSocket(socket))
+}
+
+/// What the restored guest is told.
+fn guest_init(request: &CreateSandbox, template: &TemplateMeta) -> Init {
+    let entropy: [u8; 32] = rand::random();
+    Init {
+        nonce: rand::random(),
+        sandbox_id: request.sandbox_id.to_string(),
+        template_id: template.template_id.to_string(),
+        access_token: request.envd_access_token.as_ref().map(|t| t.expose().clone()),
+        env_vars: request.env_vars.clone(),
+        time_unix_ns: u64::try_from(clock::now().0).unwrap_or(0).saturating_mul(1_000_000),
+        entropy_hex: hex::encode(entropy),
+        default_user: None,
+        default_workdir: None,
+    }
+}

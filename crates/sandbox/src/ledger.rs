@@ -1,0 +1,136 @@
+//! What this host holds for each sandbox, on disk, written before it exists.
+//!
+//! One JSON file a sandbox, `<ledger>/<sandbox id>.json`, written to a temporary name and renamed.
+//! It is not synced to the device: what it names (processes, namespaces, sockets) does not survive
+//! the machine going down either, and files it names are found by the scan of their folders.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Format of the entry below.
+const FORMAT: u32 = 1;
+
+/// One sandbox's holdings.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Entry {
+    pub(crate) format: u32,
+    pub(crate) sandbox_id: String,
+    pub(crate) execution_id: String,
+    /// Name given to the runtime.
+    pub(crate) machine: String,
+    /// Folder of sockets and logs.
+    pub(crate) run_dir: PathBuf,
+    /// The private disk file.
+    pub(crate) overlay: PathBuf,
+    pub(crate) started_at_unix_ms: i64,
+}
+
+impl Entry {
+    pub(crate) fn new(
+        sandbox_id: &str,
+        execution_id: &str,
+        machine: &str,
+        run_dir: PathBuf,
+        overlay: PathBuf,
+        started_at_unix_ms: i64,
+    ) -> Entry {
+        Entry {
+            format: FORMAT,
+            sandbox_id: sandbox_id.to_owned(),
+            execution_id: execution_id.to_owned(),
+            machine: machine.to_owned(),
+            run_dir,
+            overlay,
+            started_at_unix_ms,
+        }
+    }
+}
+
+/// The folder of entries.
+#[derive(Debug, Clone)]
+pub(crate) struct Ledger {
+    dir: PathBuf,
+}
+
+impl Ledger {
+    pub(crate) fn open(dir: PathBuf) -> io::Result<Ledger> {
+        std::fs::create_dir_all(&dir)?;
+        Ok(Ledger { dir })
+    }
+
+    fn path(&self, sandbox_id: &str) -> PathBuf {
+        self.dir.join(format!("{sandbox_id}.json"))
+    }
+
+    pub(crate) fn write(&self, entry: &Entry) -> io::Result<()> {
+        let path = self.path(&entry.sandbox_id);
+        let temporary = path.with_extension("tmp");
+        let text = serde_json::to_vec(entry).map_err(io::Error::other)?;
+        std::fs::write(&temporary, text)?;
+        std::fs::rename(&temporary, &path)
+    }
+
+    pub(crate) fn remove(&self, sandbox_id: &str) -> io::Result<()> {
+        match std::fs::remove_file(self.path(sandbox_id)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    /// Every entry, and the paths of files that are none (cut short by a crash: a `.tmp` was
+    /// never acted on, because the rename comes before the first resource).
+    pub(crate) fn entries(&self) -> io::Result<(Vec<Entry>, Vec<PathBuf>)> {
+        let mut entries = Vec::new();
+        let mut unreadable = Vec::new();
+        for file in std::fs::read_dir(&self.dir)? {
+            let path = file?.path();
+            match read(&path) {
+                Some(entry) => entries.push(entry),
+                None => unreadable.push(path),
+            }
+        }
+        Ok((entries, unreadable))
+    }
+}
+
+fn read(path: &Path) -> Option<Entry> {
+    if path.extension()? != "json" {
+        return None;
+    }
+    let entry: Entry = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+    (entry.format == FORMAT).then_some(entry)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry() -> Entry {
+        Entry::new("iabc", "e", "m-iabc", "/run/x".into(), "/data/x".into(), 5)
+    }
+
+    #[test]
+    fn what_was_written_is_read_back_and_removed() {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let ledger = Ledger::open(dir.path().join("ledger")).expect("open");
+        ledger.write(&entry()).expect("write");
+        assert_eq!(ledger.entries().expect("read").0, [entry()]);
+        ledger.remove("iabc").expect("remove");
+        ledger.remove("iabc").expect("remove twice");
+        assert!(ledger.entries().expect("read").0.is_empty());
+    }
+
+    #[test]
+    fn a_torn_entry_is_reported_not_trusted() {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let ledger = Ledger::open(dir.path().to_owned()).expect("open");
+        std::fs::write(dir.path().join("x.tmp"), b"{").expect("write");
+        std::fs::write(dir.path().join("y.json"), b"{\"format\":9}").expect("write");
+        let (entries, unreadable) = ledger.entries().expect("read");
+        assert!(entries.is_empty());
+        assert_eq!(unreadable.len(), 2);
+    }
+}

@@ -1,0 +1,102 @@
+//! The task that owns one sandbox: next event, apply, repeat.
+//!
+//! Nobody else touches its machine, its resources or its state. Legality is decided by
+//! `domain::lifecycle::next`; this file only turns effects into work.
+
+use std::time::Duration;
+
+use belljar_daemon::{Scope, clock};
+use belljar_domain::lifecycle::{Effect, EndReason, Event, State, next};
+use belljar_domain::{SandboxId, UnixMillis};
+use belljar_runtime::ExitCause;
+use tokio::sync::{mpsc, oneshot, watch};
+use tracing::{info, warn};
+
+use crate::boot::Booted;
+
+/// What callers ask of a running sandbox.
+pub(crate) enum Command {
+    /// Move its end. Answers when done; a sandbox on its way out drops the sender.
+    SetEnd(UnixMillis, oneshot::Sender<()>),
+    /// End it. The answer is the end of the owner itself.
+    Kill,
+}
+
+/// The longest the expiry timer sleeps at once, so that a wall clock that jumps is noticed.
+const TIMER_STEP_MAX: Duration = Duration::from_secs(2);
+
+/// Owns a booted sandbox until nothing of it is left; answers why it ended.
+pub(crate) async fn own(
+    sandbox_id: &SandboxId,
+    booted: Booted,
+    mut commands: mpsc::Receiver<Command>,
+    end_at: watch::Sender<UnixMillis>,
+    scope: &Scope,
+) -> EndReason {
+    let Booted { mut machine, mut control, undo, info } = booted;
+    let starting = State::Starting { end_at: info.end_at };
+    let (mut state, _arm) =
+        next(starting, Event::Started).expect("a starting sandbox may start: lifecycle table");
+    let reason = loop {
+        let event = tokio::select! {
+            command = commands.recv() => match command {
+                Some(Command::SetEnd(to, done)) => {
+                    // The receiver may have left; the move stands all the same.
+                    let _caller_gone = done.send(()).is_err();
+                    Event::SetEnd(to)
+                }
+                Some(Command::Kill) => Event::End(EndReason::Killed),
+                None => Event::End(EndReason::Shutdown),
+            },
+            () = until(*end_at.borrow()) => Event::End(EndReason::Expired),
+            cause = machine.exited() => {
+                log_exit(sandbox_id, &cause);
+                Event::End(EndReason::Crashed)
+            }
+            () = control.drain() => Event::End(EndReason::Crashed),
+            () = scope.cancelled() => Event::End(EndReason::Shutdown),
+        };
+        match next(state, event) {
+            Ok((to, Effect::Arm(at))) => {
+                state = to;
+                end_at.send_replace(at);
+            }
+            Ok((_, Effect::Teardown)) => {
+                let Event::End(reason) = event else {
+                    unreachable!("only an end tears down: lifecycle table")
+                };
+                break reason;
+            }
+            Ok((to, Effect::None)) => state = to,
+            Err(denied) => warn!(%sandbox_id, ?denied, ?event, "event refused"),
+        }
+    };
+    // Callers queue no more; those who wait see their answers dropped.
+    commands.close();
+    drop(control);
+    if let Err(e) = machine.kill().await {
+        warn!(%sandbox_id, error = %e, "machine was not removed whole");
+    }
+    drop(machine);
+    let leaks = undo.run().await;
+    info!(%sandbox_id, reason = reason.as_str(), leaks = leaks.len(), "sandbox ended");
+    reason
+}
+
+fn log_exit(sandbox_id: &SandboxId, cause: &ExitCause) {
+    match cause {
+        ExitCause::Crashed { detail } => warn!(%sandbox_id, detail, "machine crashed"),
+        ExitCause::Killed | ExitCause::GuestStopped => info!(%sandbox_id, ?cause, "machine stopped"),
+    }
+}
+
+/// Ends when the wall clock reaches `at`. Cancel-safe.
+async fn until(at: UnixMillis) {
+    loop {
+        let left = at.since(clock::now());
+        if left.is_zero() {
+            return;
+        }
+        tokio::time::sleep(left.min(TIMER_STEP_MAX)).await;
+    }
+}

@@ -1,0 +1,156 @@
+//! Everything a bare Debian machine with a Rust toolchain lacks, as steps.
+
+mod apt;
+mod apt_sources;
+mod binaries;
+mod kernel;
+mod packages;
+mod sdks;
+mod template;
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use sha2::{Digest, Sha256};
+
+use crate::places::Places;
+use crate::steps::{self, Finished, Step};
+
+pub(crate) use binaries::belljar_program;
+
+/// How `belljar` is compiled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum BuildKind {
+    /// The `dev` profile: quick to build.
+    Dev,
+    /// The `release` profile.
+    Release,
+}
+
+impl BuildKind {
+    /// From the `--release` flag.
+    pub(crate) fn from_release(release: bool) -> BuildKind {
+        if release { BuildKind::Release } else { BuildKind::Dev }
+    }
+}
+
+/// What setup is to end with.
+#[derive(Debug, Clone)]
+pub(crate) struct Goal {
+    /// How `belljar` is compiled.
+    pub(crate) build: BuildKind,
+    /// The server's data folder, which gets the base template.
+    pub(crate) data: PathBuf,
+}
+
+/// A step failed, and the user was told which, why and what to do.
+#[derive(Debug)]
+pub(crate) struct SetupFailed;
+
+impl std::fmt::Display for SetupFailed {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("a setup step failed")
+    }
+}
+
+impl std::error::Error for SetupFailed {}
+
+const STEPS: &[Step] = &[
+    Step {
+        name: "packages",
+        why: "Debian packages that build the guest and run sandboxes",
+        needs: &[],
+        fix: "run `apt-get update` by hand and read what it says, then try again",
+        run: packages::install,
+    },
+    Step {
+        name: "belljar",
+        why: "the server and command line",
+        needs: &[],
+        fix: "the compiler's message is above; `cargo build -p belljar-cli` repeats it",
+        run: binaries::belljar,
+    },
+    Step {
+        name: "envd",
+        why: "the static daemon inside every sandbox",
+        needs: &[],
+        fix: "the compiler's message is above; `rustup target list --installed` must name \
+              x86_64-unknown-linux-gnu",
+        run: binaries::envd,
+    },
+    Step {
+        name: "kernel",
+        why: "the guest kernel, once for each machine",
+        needs: &["packages"],
+        fix: "read the log; a change to guest/kernel/config.fragment is the usual cause",
+        run: kernel::build,
+    },
+    Step {
+        name: "sdks",
+        why: "the official Python and JS SDKs, unmodified",
+        needs: &["packages"],
+        fix: "check that pip and npm reach their registries, then try again",
+        run: sdks::install,
+    },
+    Step {
+        name: "rootfs",
+        why: "the Debian root file system of the base template",
+        needs: &["packages", "belljar", "envd"],
+        fix: "read the log; `belljar doctor` checks what this step needs",
+        run: template::rootfs,
+    },
+    Step {
+        name: "template",
+        why: "the base template: booted once, snapshotted with its memory",
+        needs: &["kernel", "rootfs"],
+        fix: "read the log; `belljar doctor` checks what this step needs",
+        run: template::build,
+    },
+];
+
+/// Runs every step. The caller holds the cache's lock.
+///
+/// # Errors
+/// [`SetupFailed`] after the failure was shown; anything else before the first step.
+pub(crate) fn run(places: &Places, goal: &Goal) -> Result<Vec<Finished>> {
+    if std::env::consts::ARCH != "x86_64" {
+        bail!("sandboxes need an x86_64 machine; this one is {}", std::env::consts::ARCH);
+    }
+    std::fs::create_dir_all(places.assets())?;
+    steps::run_all(STEPS, places, goal).map_err(|failure| {
+        failure.show();
+        SetupFailed.into()
+    })
+}
+
+/// A short name for content: the first 64 bits of a SHA-256 over length-prefixed parts.
+fn content_key<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update(u64::try_from(part.len()).expect("usize fits in 64 bits").to_le_bytes());
+        hash.update(part);
+    }
+    hex::encode(&hash.finalize()[..8])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_need_names_an_earlier_step() {
+        for (at, step) in STEPS.iter().enumerate() {
+            for need in step.needs {
+                let is_earlier = STEPS[..at].iter().any(|earlier| earlier.name == *need);
+                assert!(is_earlier, "{} needs {need}", step.name);
+            }
+        }
+    }
+
+    #[test]
+    fn keys_depend_on_where_parts_end() {
+        let joined = content_key([&b"ab"[..], b"c"]);
+        assert_eq!(joined.len(), 16);
+        assert_ne!(joined, content_key([&b"a"[..], b"bc"]));
+    }
+}

@@ -1,0 +1,80 @@
+//! The step that installs Debian packages, and the list with a reason for each.
+
+use super::apt::{self, Installed};
+use crate::command;
+use crate::steps::{OrFix, Outcome, StepContext, StepError};
+
+/// A Debian package the project needs.
+pub(super) struct Package {
+    pub(super) name: &'static str,
+    /// Shown when it has to be installed.
+    pub(super) why: &'static str,
+    /// The oldest usable version. Where the release has only older ones, backports are used.
+    pub(super) minimum: Option<&'static str>,
+}
+
+const fn any(name: &'static str, why: &'static str) -> Package {
+    Package { name, why, minimum: None }
+}
+
+const fn at_least(name: &'static str, minimum: &'static str, why: &'static str) -> Package {
+    Package { name, why, minimum: Some(minimum) }
+}
+
+const PACKAGES: &[Package] = &[
+    // An idle clone costs three times the CPU under 7.2, which also cannot migrate to a file.
+    at_least("qemu-system-x86", "1:10", "runs the sandboxes"),
+    at_least("qemu-utils", "1:10", "independent client in the disk tests"),
+    any("linux-source-6.12", "source of the guest kernel"),
+    any("flex", "guest kernel build"),
+    any("bison", "guest kernel build"),
+    any("bc", "guest kernel build"),
+    any("libelf-dev", "guest kernel build"),
+    any("make", "guest kernel build"),
+    any("gcc", "guest kernel build"),
+    any("libc6-dev", "guest kernel build and the static daemon"),
+    any("xz-utils", "unpacks the kernel source"),
+    any("mmdebstrap", "makes the base root file system from Debian packages"),
+    any("debian-archive-keyring", "checks those packages"),
+    any("e2fsprogs", "writes the root file system image"),
+    any("zstd", "keeps the unpacked packages small in the cache"),
+    any("nftables", "keeps sandboxes from the host and from each other"),
+    any("iproute2", "checks in the network tests"),
+    any("libnbd-bin", "independent client in the disk tests"),
+    any("python3", "runs the official Python SDK"),
+    any("python3-venv", "keeps the Python SDK away from the system"),
+    any("ca-certificates", "downloads of the SDKs"),
+    any("openssl", "certificate for the previous SDK, which speaks TLS only"),
+];
+
+/// Installs what is missing, saying which and why.
+pub(super) fn install(context: &StepContext<'_>) -> Result<Outcome, StepError> {
+    let names = PACKAGES.iter().map(|package| package.name);
+    let installed = Installed::read(names)
+        .or_fix("Belljar sets up Debian machines only: dpkg-query must work")?;
+    let mut missing = Vec::new();
+    for package in PACKAGES {
+        if !installed.satisfies(package)? {
+            missing.push(package);
+        }
+    }
+    if missing.is_empty() {
+        return Ok(Outcome::Cached(format!("all {} packages are installed", PACKAGES.len())));
+    }
+    for package in &missing {
+        let version = package.minimum.map(|least| format!(" >= {least}")).unwrap_or_default();
+        context.note(&format!("needs {}{version}: {}", package.name, package.why));
+    }
+    command::require_root().or_fix(by_hand(&missing))?;
+    apt::install(context, &missing)?;
+    Ok(Outcome::Done(format!("installed {} packages", missing.len())))
+}
+
+fn by_hand(missing: &[&Package]) -> String {
+    let names: Vec<_> = missing.iter().map(|package| package.name).collect();
+    format!(
+        "run this as root, or let `sudo` run without a password, or install by hand: apt-get \
+         install {}",
+        names.join(" ")
+    )
+}

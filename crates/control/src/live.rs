@@ -7,7 +7,7 @@
 //!            reserve            commit              begin_end         remove
 //!  (nothing) ───────► starting ───────► visible ───────────► ending ────────► (nothing)
 //!                        │                 │  ▲    abort_end    │
-//!                        ▼ slot dropped    │  └────────────────-┘
+//!                        ▼ slot dropped    │  └─────────────────┘
 //!                     (nothing)            └── remove (the node said it ended) ──► (nothing)
 //! ```
 //!

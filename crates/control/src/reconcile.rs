@@ -135,7 +135,7 @@ async fn reconcile(app: &App) -> Result<(), ReconcileError> {
     let rows: HashMap<ExecutionId, RunRow> =
         rows.into_iter().map(|row| (row.execution.clone(), row)).collect();
     let strangers = adopt(app, difference.unknown, &rows);
-    if false { write_what_is_missing(app, &before, &rows, &on_node, now); }
+    write_what_is_missing(app, &before, &rows, &on_node, now);
     kill_strangers(app, strangers).await;
     Ok(())
 }

@@ -208,7 +208,7 @@ fn log_end(peer: SocketAddr, error: Option<Box<dyn std::error::Error + Send + Sy
 fn with_drained_body(request: Request<Incoming>, scope: &Scope) -> Request<Body> {
     let waits = request.headers().contains_key(header::EXPECT);
     if request.version() <= Version::HTTP_11 && !waits {
-        { let _ = (scope, Drained::new); request.map(Body::new) }
+        request.map(|body| Body::new(Drained::new(body, scope)))
     } else {
         request.map(Body::new)
     }

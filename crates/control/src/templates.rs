@@ -151,7 +151,7 @@ impl Templates {
         let all = self.all();
         let found = all
             .iter()
-            .find(|t| t.aliases.iter().any(|alias| *alias == reference.name))
+            .find(|t| t.aliases.contains(&reference.name))
             .or_else(|| all.iter().find(|t| t.id.as_str() == reference.name))
             .ok_or_else(|| ResolveError::Unknown { name: reference.to_string() })?;
         match &reference.tag {

@@ -4,11 +4,13 @@
 // the kernel's random pool have no safe interface in rustix or std.
 
 use std::ffi::CString;
+use std::fs::File;
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
+use std::sync::OnceLock;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -252,11 +254,24 @@ pub(crate) fn add_entropy(bytes: &[u8]) -> io::Result<()> {
     let mut info =
         PoolInfo { entropy_bits: size_bytes * 8, size_bytes, bytes: [0; ENTROPY_MAX_BYTES] };
     info.bytes[..length].copy_from_slice(&bytes[..length]);
-    let device = std::fs::OpenOptions::new().write(true).open("/dev/urandom")?;
+    let device = random_device()?;
     // SAFETY: RNDADDENTROPY reads the header and `size_bytes` bytes after it, all inside `info`.
     check(unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY, &info) }.into())?;
     // SAFETY: RNDRESEEDCRNG takes no argument.
     check(unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG) }.into())
+}
+
+/// The kernel's random device, kept open: a clone adds its own randomness first thing, and
+/// every system call it need not make brings it up sooner.
+fn random_device() -> io::Result<&'static File> {
+    static DEVICE: OnceLock<File> = OnceLock::new();
+    match DEVICE.get() {
+        Some(device) => Ok(device),
+        None => {
+            let device = File::options().write(true).open("/dev/urandom")?;
+            Ok(DEVICE.get_or_init(|| device))
+        }
+    }
 }
 
 /// Sends SIGTERM or SIGKILL to every process but this one. Only PID 1 may want that.

@@ -113,7 +113,7 @@ pub(crate) async fn list_v2(
     if !wants_running(&query)? {
         found.clear();
     }
-    let (page, next) = wanted.take(found, |sandbox| position(sandbox));
+    let (page, next) = wanted.take(found, position);
     let mut headers = HeaderMap::new();
     headers.insert(TOTAL_RUNNING, HeaderValue::from(running));
     insert_next_token(&mut headers, next);

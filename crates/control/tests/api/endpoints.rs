@@ -102,7 +102,7 @@ async fn a_sandbox_lives_and_dies() {
     assert_eq!(detail["lifecycle"], json!({"autoResume": false, "onTimeout": "kill"}));
     let life = millis(&detail["endAt"]) - millis(&detail["startedAt"]);
     assert!((50_000..=60_000).contains(&life), "{life} ms");
-    assert_eq!(ids(&client.get("/sandboxes").await.json()), [id.clone()]);
+    assert_eq!(ids(&client.get("/sandboxes").await.json()), std::slice::from_ref(&id));
 
     // Old clients send the id with a suffix.
     assert_eq!(client.get(&format!("/sandboxes/{id}-6532622b")).await.status, 200);

@@ -3,7 +3,7 @@
 //! Source of behaviour and texts: `contract/e2b-wire.md` section 2.3.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use belljar_wire::rpc::process::process_event::data_event::Output as WireOutput;
 use belljar_wire::rpc::process::process_event::{
@@ -117,7 +117,10 @@ impl ProcessRpc for ProcessService {
         let (process, subscription) =
             started.map_err(|lost| ConnectError::internal(lost.to_string()))?.map_err(refusal)?;
         let events = events(process.pid, subscription, keepalive(&ctx));
-        Response::stream_ok(events.map(|event| {
+        Response::stream_ok(events.map(move |event| {
+            if is_overdue(&event, deadline) {
+                return Err(ConnectError::deadline_exceeded("the process was killed at its deadline"));
+            }
             Ok(StartResponse { event: Some(event).into(), ..StartResponse::default() })
         }))
     }
@@ -355,6 +358,14 @@ fn data_event(output: Output) -> DataEvent {
         Output::Terminal(bytes) => WireOutput::Pty(bytes.into()),
     };
     DataEvent { output: Some(output), ..DataEvent::default() }
+}
+
+/// Whether this is the end of a process that its caller's deadline killed. The caller hears of the
+/// deadline instead of the kill: clients tell "took too long" from "failed" by it. Others who
+/// listen see the plain end.
+fn is_overdue(event: &ProcessEvent, deadline: Option<Instant>) -> bool {
+    let killed = matches!(&event.event, Some(Event::End(end)) if !end.exited);
+    killed && deadline.is_some_and(|at| Instant::now() >= at)
 }
 
 fn end_event(end: End) -> EndEvent {

@@ -1,7 +1,6 @@
 //! One QEMU machine: freezing, saving, watching and killing it.
 
-use std::fs::{self, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,10 +8,10 @@ use async_trait::async_trait;
 use serde_json::json;
 
 use super::qmp::{Qmp, QmpError};
-use super::start::{Started, capabilities, give, log_tail, state_file};
+use super::start::{Started, capabilities, log_tail, state_file};
 use crate::keeper::{Exit, Process};
 use crate::machine::{
-    ControlStream, ExitCause, Identity, KillError, Machine, PauseError, SaveError,
+    ControlStream, ExitCause, KillError, Machine, PauseError, SaveError,
 };
 use crate::saved::{self, SavedFiles, Shape};
 
@@ -31,7 +30,8 @@ const LAST_WORDS_LIMIT: Duration = Duration::from_secs(1);
 pub(super) struct Booted {
     pub(super) files: SavedFiles,
     pub(super) shape: Shape,
-    pub(super) identity: Option<Identity>,
+    /// What the process calls the file its state goes to, which we made for it.
+    pub(super) state_file: String,
 }
 
 /// A running machine.
@@ -88,19 +88,7 @@ impl QemuMachine {
 
     async fn write_state(&mut self) -> Result<(), SaveError> {
         let booted = self.booted.as_ref().ok_or(SaveError::NotBooted)?;
-        let path = booted.files.unfinished_state();
-        let fail = |source| SaveError::Io { path: path.clone(), source };
-        // Made here, so that the machine's user needs no right to the folder.
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(fail)?;
-        give(&file, booted.identity).map_err(fail)?;
-        let name =
-            path.to_str().ok_or_else(|| fail(std::io::ErrorKind::InvalidInput.into()))?.to_owned();
+        let name = booted.state_file.clone();
         let refused = |e| match e {
             QmpError::Gone => SaveError::Gone,
             QmpError::Refused(answer) => SaveError::Refused { answer },

@@ -40,14 +40,18 @@ pub(super) async fn boot(
     source: BootSource,
 ) -> Result<QemuMachine, StartError> {
     spec.check_name()?;
-    exists("guest kernel", &source.kernel)?;
     let shape = runtime.shape(&spec);
     let files = SavedFiles::within(&source.artifacts);
-    let memory = NewMemory::create(&files.memory, spec.memory, spec.identity)?;
-    let origin = Origin::Boot { kernel: text(&source.kernel)?, cmdline: source.cmdline };
-    let started = launch(runtime, &spec, &files.memory, origin).await?;
-    memory.keep();
-    Ok(QemuMachine::new(started, Some(Booted { files, shape, identity: spec.identity })))
+    let kernel = Handed::open("guest kernel", &source.kernel)?;
+    let mut made = NewFiles::default();
+    let memory = made.create(&files.memory, spec.memory.bytes(), spec.identity)?;
+    let state = made.create(&files.unfinished_state(), 0, spec.identity)?;
+    let (memory_file, state_file) = (memory.name(), state.name());
+    let origin = Origin::Boot { kernel: kernel.name(), cmdline: source.cmdline };
+    let handed = vec![kernel, memory, state];
+    let started = launch(runtime, &spec, memory_file, origin, handed).await?;
+    made.keep();
+    Ok(QemuMachine::new(started, Some(Booted { files, shape, state_file })))
 }
 
 pub(super) async fn restore(
@@ -57,12 +61,37 @@ pub(super) async fn restore(
 ) -> Result<QemuMachine, StartError> {
     spec.check_name()?;
     let files = saved::check(artifacts, &runtime.shape(&spec))?;
-    let mut started = launch(runtime, &spec, &files.memory, Origin::Saved).await?;
-    match load(&mut started.qmp, &text(&files.state)?).await {
+    let memory = Handed::open("saved memory", &files.memory)?;
+    let state = Handed::open("saved machine state", &files.state)?;
+    let (memory_file, state_file) = (memory.name(), state.name());
+    let handed = vec![memory, state];
+    let mut started = launch(runtime, &spec, memory_file, Origin::Saved, handed).await?;
+    match load(&mut started.qmp, &state_file).await {
         Ok(()) => Ok(QemuMachine::new(started, None)),
-        Err(e) => {
-            Err(failure("load the saved machine", e, &mut started.process, &started.log).await)
+        Err(e) => Err(failure("load the saved machine", e, &mut started.process, &started.log).await),
+    }
+}
+
+/// A file the machine's process inherits and names by its descriptor, so that its user needs the
+/// right to the file alone and not to the folders above it.
+struct Handed {
+    file: OwnedFd,
+}
+
+impl Handed {
+    fn open(what: &'static str, path: &Path) -> Result<Handed, StartError> {
+        match File::open(path) {
+            Ok(file) => Ok(Handed { file: file.into() }),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                Err(StartError::Missing { what, path: path.to_owned() })
+            }
+            Err(source) => Err(StartError::Io { step: "open the machine's files", source }),
         }
+    }
+
+    /// What the process calls it. Descriptors keep their numbers over fork and exec.
+    fn name(&self) -> String {
+        format!("/proc/self/fd/{}", self.file.as_raw_fd())
     }
 }
 
@@ -106,8 +135,9 @@ pub(super) struct Started {
 async fn launch(
     runtime: &QemuRuntime,
     spec: &MachineSpec,
-    memory_file: &Path,
+    memory_file: String,
     origin: Origin,
+    handed: Vec<Handed>,
 ) -> Result<Started, StartError> {
     const STEP: &str = "open the machine's channels";
     let channel = |source| StartError::Io { step: STEP, source };
@@ -125,7 +155,7 @@ async fn launch(
         accelerator: runtime.accelerator,
         vcpus: spec.vcpus,
         memory: spec.memory,
-        memory_file: text(memory_file)?,
+        memory_file,
         origin,
         disk,
         card: uplink
@@ -138,6 +168,7 @@ async fn launch(
     };
     let log = spec.run_dir.join("qemu.log");
     let mut inherit = vec![monitor, guest];
+    inherit.extend(handed.into_iter().map(|handed| handed.file));
     let (tap, netns) = uplink.map_or((None, None), |uplink| (Some(uplink.tap), uplink.netns));
     inherit.extend(tap);
     if plan.console.is_some() {
@@ -275,21 +306,27 @@ fn open_for(path: &Path, identity: Option<Identity>) -> io::Result<File> {
     Ok(file)
 }
 
-pub(super) fn give(file: &File, identity: Option<Identity>) -> io::Result<()> {
+fn give(file: &File, identity: Option<Identity>) -> io::Result<()> {
     match identity {
         Some(Identity { uid, gid }) => std::os::unix::fs::fchown(file, Some(uid), Some(gid)),
         None => Ok(()),
     }
 }
 
-/// A memory file that is removed again unless the machine starts.
-struct NewMemory {
-    path: Option<PathBuf>,
+/// New files that are removed again unless the machine starts.
+#[derive(Default)]
+struct NewFiles {
+    paths: Vec<PathBuf>,
 }
 
-impl NewMemory {
-    fn create(path: &Path, size: MiB, identity: Option<Identity>) -> Result<NewMemory, StartError> {
-        let io = |source| StartError::Io { step: "make the machine's memory file", source };
+impl NewFiles {
+    fn create(
+        &mut self,
+        path: &Path,
+        size_bytes: u64,
+        identity: Option<Identity>,
+    ) -> Result<Handed, StartError> {
+        let io = |source| StartError::Io { step: "make the machine's memory and state files", source };
         // Never one that exists: other machines may map it.
         let file = OpenOptions::new()
             .read(true)
@@ -298,22 +335,22 @@ impl NewMemory {
             .mode(0o600)
             .open(path)
             .map_err(io)?;
-        let made = NewMemory { path: Some(path.to_owned()) };
-        file.set_len(size.bytes()).and_then(|()| give(&file, identity)).map_err(io)?;
-        Ok(made)
+        self.paths.push(path.to_owned());
+        file.set_len(size_bytes).and_then(|()| give(&file, identity)).map_err(io)?;
+        Ok(Handed { file: file.into() })
     }
 
     fn keep(mut self) {
-        self.path = None;
+        self.paths.clear();
     }
 }
 
-impl Drop for NewMemory {
+impl Drop for NewFiles {
     fn drop(&mut self) {
-        if let Some(path) = &self.path
-            && let Err(e) = fs::remove_file(path)
-        {
-            tracing::warn!(path = %path.display(), error = %e, "a memory file stays");
+        for path in &self.paths {
+            if let Err(e) = fs::remove_file(path) {
+                tracing::warn!(path = %path.display(), error = %e, "a new machine's file stays");
+            }
         }
     }
 }
@@ -333,13 +370,21 @@ mod tests {
     }
 
     #[test]
-    fn an_abandoned_memory_file_is_removed() {
+    fn abandoned_files_are_removed() {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("memory");
-        drop(NewMemory::create(&path, MiB(1), None).expect("a new file"));
+        let create = |keep: bool| -> Result<(), StartError> {
+            let mut files = NewFiles::default();
+            files.create(&path, 1 << 20, None)?;
+            if keep {
+                files.keep();
+            }
+            Ok(())
+        };
+        create(false).expect("a new file");
         assert!(!path.exists());
-        NewMemory::create(&path, MiB(1), None).expect("a new file").keep();
+        create(true).expect("a new file");
         assert_eq!(fs::metadata(&path).expect("kept").len(), 1 << 20);
-        assert!(NewMemory::create(&path, MiB(1), None).is_err(), "an existing file is in use");
+        assert!(create(true).is_err(), "an existing file is in use");
     }
 }

@@ -19,9 +19,7 @@ fn generate() {
     let mut compiler = protox::Compiler::new(["proto"]).expect("proto/ is a folder of this crate");
     compiler.include_imports(true);
     compiler.include_source_info(true);
-    compiler
-        .open_files(FILES)
-        .unwrap_or_else(|e| panic!("failed to parse proto/: {e:?}"));
+    compiler.open_files(FILES).unwrap_or_else(|e| panic!("failed to parse proto/: {e:?}"));
     std::fs::write(&descriptors, compiler.encode_file_descriptor_set())
         .expect("OUT_DIR is writable");
     connectrpc_build::Config::new()

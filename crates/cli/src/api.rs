@@ -82,7 +82,8 @@ impl Api {
         if status != StatusCode::OK {
             return Err(refused(status, &body));
         }
-        serde_json::from_slice(&body).with_context(|| format!("failed to read the answer to {path}"))
+        serde_json::from_slice(&body)
+            .with_context(|| format!("failed to read the answer to {path}"))
     }
 
     /// Deletes; `false` when it was not there.

@@ -198,7 +198,8 @@ fn check_forwarding(local: &Local, fix: bool) -> Check {
 fn check_disk(dir: &Path) -> Check {
     match rustix::fs::statvfs(dir) {
         Ok(stat) => {
-            let free = MiB(u32::try_from((stat.f_bavail * stat.f_frsize) >> 20).unwrap_or(u32::MAX));
+            let free =
+                MiB(u32::try_from((stat.f_bavail * stat.f_frsize) >> 20).unwrap_or(u32::MAX));
             if free >= DISK_FREE_MIN {
                 return Check::ok("disk", format!("{free} free under {}", dir.display()));
             }

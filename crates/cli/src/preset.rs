@@ -44,12 +44,15 @@ impl Local {
             .canonicalize()
             .with_context(|| format!("failed to resolve {}", data_dir.display()))?;
         let host_tag = host_tag(&data_dir);
-        let run_dir = if is_root {
-            Path::new("/run/belljar").join(&host_tag)
-        } else {
-            data_dir.join("run")
-        };
+        let run_dir =
+            if is_root { Path::new("/run/belljar").join(&host_tag) } else { data_dir.join("run") };
         Ok(Local { data_dir, run_dir, host_tag, is_root })
+    }
+
+    /// Folders made for runs, innermost first. The outer one may hold other servers' folders.
+    pub(crate) fn run_dirs(&self) -> impl Iterator<Item = &Path> {
+        let outer = self.is_root.then(|| self.run_dir.parent()).flatten();
+        std::iter::once(self.run_dir.as_path()).chain(outer)
     }
 
     pub(crate) fn templates_dir(&self) -> PathBuf {
@@ -79,7 +82,8 @@ impl Local {
     /// Addresses of this server's slots: one /16 of 10.64.0.0/10, so that servers on one host
     /// rarely meet. A meeting is refused by the kernel when the second server makes its slots.
     pub(crate) fn slot_cidr(&self) -> Ipv4Cidr {
-        let second = self.host_tag.bytes().fold(0_u8, |sum, b| sum.wrapping_mul(31).wrapping_add(b));
+        let second =
+            self.host_tag.bytes().fold(0_u8, |sum, b| sum.wrapping_mul(31).wrapping_add(b));
         Ipv4Cidr::new(Ipv4Addr::new(10, 64 + second % 64, 0, 0), 16)
             .expect("a /16 with two zero octets has no bits after its prefix")
     }

@@ -28,10 +28,7 @@ impl Server {
     pub(crate) fn read(local: &Local) -> Result<Server> {
         let path = local.server_file();
         let text = std::fs::read_to_string(&path).with_context(|| {
-            format!(
-                "no server runs on {}: start one with `belljar up`",
-                local.data_dir.display()
-            )
+            format!("no server runs on {}: start one with `belljar up`", local.data_dir.display())
         })?;
         serde_json::from_str(&text).with_context(|| format!("failed to read {}", path.display()))
     }

@@ -180,6 +180,10 @@ async fn build_unless_equal(
     scope.close(GRACE).await;
     std::fs::remove_dir_all(&run_dir)
         .with_context(|| format!("failed to remove {}", run_dir.display()))?;
+    for dir in local.run_dirs() {
+        // Another server's folder may keep the outer one.
+        let _kept = std::fs::remove_dir(dir).is_err();
+    }
     let template = built.with_context(|| format!("failed to build template {}", options.name))?;
     closed.context("failed to give the build's network slots back")?;
     for old in earlier {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow, bail};
 use belljar_control::{ApiKey, Store};
 use belljar_daemon::{OnError, Scope};
-use belljar_network::{FakeSlots, SlotPool, SlotsConfig, Slots};
+use belljar_network::{FakeSlots, SlotPool, Slots, SlotsConfig};
 use belljar_proxy::MemoryCatalog;
 use belljar_runtime::Runtime;
 use belljar_runtime::fake::FakeRuntime;
@@ -61,7 +61,7 @@ pub(crate) async fn run(local: Local, options: Up, as_json: bool) -> Result<Exit
     let host = Host::open(&local, &options, &root).await?;
     let outcome = serve(&local, &options, &host, (api, proxy), &root, &mut stop, as_json).await;
     let clean = host.close().await;
-    remove_server_file(&local);
+    remove_files(&local);
     outcome?;
     Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -107,7 +107,9 @@ async fn serve(
         // Machines die with this process, and the next start reclaims what they leave.
         () = stop.next() => bail!("stopped at once by a second signal"),
     }
-    if failed { bail!("a part of the server failed; its log line says which") }
+    if failed {
+        bail!("a part of the server failed; its log line says which")
+    }
     Ok(())
 }
 
@@ -187,7 +189,8 @@ async fn open_slots(local: &Local, options: &Up, root: &Scope) -> Result<Arc<dyn
 
 /// Opens the real slot pool. Also used when a template is built.
 pub(crate) async fn open_slot_pool(local: &Local, capacity: u32, root: &Scope) -> Result<SlotPool> {
-    let config = SlotsConfig { cidr: local.slot_cidr(), capacity, ..SlotsConfig::new(&local.host_tag) };
+    let config =
+        SlotsConfig { cidr: local.slot_cidr(), capacity, ..SlotsConfig::new(&local.host_tag) };
     SlotPool::open(config, root)
         .await
         .context("failed to set up sandbox networking; `belljar doctor` says what is missing")
@@ -299,7 +302,10 @@ fn announce(server: &Server, api_key: &str, host: &Host, as_json: bool) -> Resul
             reclaimed_sandboxes: host.reclaimed.len(),
         });
     }
-    output::line(&format!("Belljar is up. Isolation: {} ({}).", server.tier, host.isolation.reason))?;
+    output::line(&format!(
+        "Belljar is up. Isolation: {} ({}).",
+        server.tier, host.isolation.reason
+    ))?;
     if !host.reclaimed.is_empty() {
         let ids = host.reclaimed.join(", ");
         output::line(&format!("Removed what an earlier run left of these sandboxes: {ids}."))?;
@@ -322,9 +328,15 @@ fn announce(server: &Server, api_key: &str, host: &Host, as_json: bool) -> Resul
     output::line("or: eval \"$(belljar env)\". Ctrl-C stops the server and ends its sandboxes.")
 }
 
-fn remove_server_file(local: &Local) {
+/// Removes what only a running server has. The run folder is empty by now, and stays if it is not.
+fn remove_files(local: &Local) {
     if let Err(e) = std::fs::remove_file(local.server_file()) {
         tracing::debug!(error = %e, "the server file was already gone");
+    }
+    for dir in local.run_dirs() {
+        if let Err(e) = std::fs::remove_dir(dir) {
+            tracing::debug!(dir = %dir.display(), error = %e, "the run folder stays");
+        }
     }
 }
 

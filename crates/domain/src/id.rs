@@ -21,9 +21,7 @@ pub struct IdError {
 
 fn random_text() -> String {
     let mut rng = rand::rng();
-    (0..RANDOM_LEN)
-        .map(|_| char::from(ALPHABET[rng.random_range(0..ALPHABET.len())]))
-        .collect()
+    (0..RANDOM_LEN).map(|_| char::from(ALPHABET[rng.random_range(0..ALPHABET.len())])).collect()
 }
 
 fn is_lower_alphanumeric(text: &str) -> bool {

@@ -134,7 +134,8 @@ mod tests {
 
     #[test]
     fn a_life_runs_to_its_end() {
-        let (running, effect) = next(State::Starting { end_at: END }, Event::Started).expect("legal");
+        let (running, effect) =
+            next(State::Starting { end_at: END }, Event::Started).expect("legal");
         assert_eq!(effect, Effect::Arm(END));
         let (ending, effect) = next(running, Event::End(EndReason::Expired)).expect("legal");
         assert_eq!(effect, Effect::Teardown);

@@ -26,7 +26,9 @@ pub(crate) fn bad_id(error: &IdError) -> ConnectError {
     ConnectError::new(code(Kind::Invalid), format!("failed to {error}"))
 }
 
-pub(crate) fn create_request(from: pb::CreateSandboxRequest) -> Result<CreateSandbox, ConnectError> {
+pub(crate) fn create_request(
+    from: pb::CreateSandboxRequest,
+) -> Result<CreateSandbox, ConnectError> {
     Ok(CreateSandbox {
         sandbox_id: from.sandbox_id.parse().map_err(|e| bad_id(&e))?,
         execution_id: from.execution_id.parse().map_err(|e| bad_id(&e))?,

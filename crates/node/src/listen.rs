@@ -56,7 +56,8 @@ pub(crate) async fn serve(
         let (path, source) = at(source);
         return Err(ServeError::Replace { path, source });
     }
-    let listener = bind(path).map_err(at).map_err(|(path, source)| ServeError::Bind { path, source })?;
+    let listener =
+        bind(path).map_err(at).map_err(|(path, source)| ServeError::Bind { path, source })?;
     ready();
     let outcome = loop {
         let stream = tokio::select! {

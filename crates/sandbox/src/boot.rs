@@ -14,9 +14,7 @@ use belljar_blockstore::{BaseImage, NbdServer, Overlay, SocketOwner};
 use belljar_daemon::{Scope, Teardown, clock};
 use belljar_domain::{BuildId, Kind, SandboxId};
 use belljar_network::{EgressPolicy, LeaseError};
-use belljar_runtime::{
-    DiskExport, Identity, Machine, MachineSpec, NetworkAttachment, StartError,
-};
+use belljar_runtime::{DiskExport, Identity, Machine, MachineSpec, NetworkAttachment, StartError};
 use belljar_wire::guest::Init;
 
 use crate::guest::{GuestControl, GuestError};
@@ -249,9 +247,10 @@ fn make_run_dir(run_dir: &Path, undo: &mut Teardown) -> Result<(), CreateError> 
     std::fs::create_dir(run_dir)
         .map_err(|source| CreateError::Io { step: "make the run folder", source })?;
     let run_dir = run_dir.to_owned();
-    undo.push("run folder", async move {
-        std::fs::remove_dir_all(&run_dir).map_err(|e| e.to_string())
-    });
+    undo.push(
+        "run folder",
+        async move { std::fs::remove_dir_all(&run_dir).map_err(|e| e.to_string()) },
+    );
     Ok(())
 }
 

@@ -203,6 +203,9 @@ mod tests {
     async fn a_closed_channel_is_named() {
         let (mut host, guest) = pair();
         drop(guest);
-        assert!(matches!(host.prepare_snapshot(SOON).await, Err(GuestError::Closed { .. } | GuestError::Io { .. })));
+        assert!(matches!(
+            host.prepare_snapshot(SOON).await,
+            Err(GuestError::Closed { .. } | GuestError::Io { .. })
+        ));
     }
 }

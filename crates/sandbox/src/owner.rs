@@ -86,7 +86,9 @@ pub(crate) async fn own(
 fn log_exit(sandbox_id: &SandboxId, cause: &ExitCause) {
     match cause {
         ExitCause::Crashed { detail } => warn!(%sandbox_id, detail, "machine crashed"),
-        ExitCause::Killed | ExitCause::GuestStopped => info!(%sandbox_id, ?cause, "machine stopped"),
+        ExitCause::Killed | ExitCause::GuestStopped => {
+            info!(%sandbox_id, ?cause, "machine stopped")
+        }
     }
 }
 

@@ -259,10 +259,8 @@ impl Sandboxes {
         }
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let (gone, gone_seen) = watch::channel(false);
-        self.inner.take_id(
-            &request.sandbox_id,
-            Entry { commands, running: None, gone: gone_seen },
-        )?;
+        self.inner
+            .take_id(&request.sandbox_id, Entry { commands, running: None, gone: gone_seen })?;
         let (answer, answered) = oneshot::channel();
         let inner = self.inner.clone();
         self.inner.scope.spawn_shielded("sandbox owner", OnError::Log, async move {
@@ -381,11 +379,8 @@ impl Inner {
             }
         };
         self.entries().remove(&request.sandbox_id);
-        let ended = Ended {
-            sandbox_id: request.sandbox_id,
-            execution_id: request.execution_id,
-            reason,
-        };
+        let ended =
+            Ended { sandbox_id: request.sandbox_id, execution_id: request.execution_id, reason };
         // Nobody may be listening, which is fine.
         let _unheard = self.ended.send(ended).is_err();
     }
@@ -407,8 +402,10 @@ fn load_templates(dir: &Path) -> Result<HashMap<BuildId, ReadyTemplate>, OpenErr
     let templates = load_all(dir).map_err(|source| OpenError::Templates { source })?;
     let mut ready = HashMap::new();
     for template in templates {
-        let base = BaseImage::open(&template.rootfs())
-            .map_err(|source| OpenError::Disk { build_id: template.meta.build_id.clone(), source })?;
+        let base = BaseImage::open(&template.rootfs()).map_err(|source| OpenError::Disk {
+            build_id: template.meta.build_id.clone(),
+            source,
+        })?;
         let build_id = template.meta.build_id.clone();
         ready.insert(build_id, ReadyTemplate { template, base: Arc::new(base) });
     }
@@ -428,10 +425,8 @@ async fn reclaim(
     let (entries, unreadable) = ledger.entries().map_err(dir_error(&settings.ledger_dir))?;
     let mut reclaimed = Reclaimed::default();
     for entry in entries {
-        let failed = |reason: String| OpenError::Reclaim {
-            sandbox_id: entry.sandbox_id.clone(),
-            reason,
-        };
+        let failed =
+            |reason: String| OpenError::Reclaim { sandbox_id: entry.sandbox_id.clone(), reason };
         deps.runtime.reclaim(&entry.machine).await.map_err(|e| failed(e.to_string()))?;
         remove_if_there(&entry.run_dir).map_err(|e| failed(e.to_string()))?;
         remove_if_there(&entry.overlay).map_err(|e| failed(e.to_string()))?;

@@ -119,7 +119,9 @@ impl ProcessRpc for ProcessService {
         let events = events(process.pid, subscription, keepalive(&ctx));
         Response::stream_ok(events.map(move |event| {
             if is_overdue(&event, deadline) {
-                return Err(ConnectError::deadline_exceeded("the process was killed at its deadline"));
+                return Err(ConnectError::deadline_exceeded(
+                    "the process was killed at its deadline",
+                ));
             }
             Ok(StartResponse { event: Some(event).into(), ..StartResponse::default() })
         }))

@@ -147,14 +147,20 @@ async fn terminating_lets_the_process_answer() {
 }
 
 #[tokio::test]
-async fn the_deadline_kills_the_process_and_the_stream_still_ends_well() {
+async fn the_deadline_kills_the_process_and_each_reader_learns_its_part() {
     let daemon = Daemon::start().await;
-    let headers = [("connect-timeout-ms", "300")];
+    let headers = [("connect-timeout-ms", "1000")];
     let request = shell("echo up; sleep 600");
-    let events = daemon.open_with("process.Process/Start", request, &headers).await;
-    let run = events.run().await;
-    assert_eq!(run.stdout, b"up\n");
-    assert_eq!(run.end["status"], "signal: killed");
+    let mut caller = daemon.open_with("process.Process/Start", request, &headers).await;
+    let pid = caller.pid().await;
+    let select = json!({ "process": { "pid": pid } });
+    let listener = daemon.open("process.Process/Connect", select).await;
+    assert_eq!(caller.until("up").await.stdout, b"up\n");
+    // Whoever set the deadline hears of the deadline, everyone else how the process ended.
+    assert_eq!(caller.next().await, None);
+    assert_eq!(caller.error()["code"], "deadline_exceeded");
+    let end = listener.run().await.end;
+    assert_eq!((&end["status"], &end["exitCode"]), (&json!("signal: killed"), &json!(-1)));
     daemon.stop().await;
 }
 

@@ -10,9 +10,7 @@ use serde_json::json;
 use super::qmp::{Qmp, QmpError};
 use super::start::{Started, capabilities, log_tail, state_file};
 use crate::keeper::{Exit, Process};
-use crate::machine::{
-    ControlStream, ExitCause, KillError, Machine, PauseError, SaveError,
-};
+use crate::machine::{ControlStream, ExitCause, KillError, Machine, PauseError, SaveError};
 use crate::saved::{self, SavedFiles, Shape};
 
 /// Freezing takes a millisecond; a busy host may need a thousand.

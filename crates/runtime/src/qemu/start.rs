@@ -68,7 +68,9 @@ pub(super) async fn restore(
     let mut started = launch(runtime, &spec, memory_file, Origin::Saved, handed).await?;
     match load(&mut started.qmp, &state_file).await {
         Ok(()) => Ok(QemuMachine::new(started, None)),
-        Err(e) => Err(failure("load the saved machine", e, &mut started.process, &started.log).await),
+        Err(e) => {
+            Err(failure("load the saved machine", e, &mut started.process, &started.log).await)
+        }
     }
 }
 
@@ -326,7 +328,8 @@ impl NewFiles {
         size_bytes: u64,
         identity: Option<Identity>,
     ) -> Result<Handed, StartError> {
-        let io = |source| StartError::Io { step: "make the machine's memory and state files", source };
+        let io =
+            |source| StartError::Io { step: "make the machine's memory and state files", source };
         // Never one that exists: other machines may map it.
         let file = OpenOptions::new()
             .read(true)

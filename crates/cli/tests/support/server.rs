@@ -1,0 +1,154 @@
+//! A real `belljar up` process, driven over its sockets.
+#![allow(dead_code, unreachable_pub, reason = "each test program uses its own part of this file")]
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// A server process and what it said when it was ready.
+pub struct Server {
+    child: Child,
+    /// The readiness line.
+    pub ready: Value,
+}
+
+impl Server {
+    /// Starts a server on free ports and waits until it is ready.
+    pub fn start(data: &Path, runtime: &str) -> Server {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_belljar"))
+            .args(["up", "--runtime", runtime, "--api-port", "0", "--proxy-port", "0", "--json"])
+            .arg("--data-dir")
+            .arg(data)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .expect("the program starts");
+        let stdout = child.stdout.take().expect("piped");
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line).expect("a readiness line");
+        let ready = serde_json::from_str(&line).expect("the readiness line is JSON");
+        Server { child, ready }
+    }
+
+    fn text(&self, field: &str) -> &str {
+        self.ready[field].as_str().expect("a text field")
+    }
+
+    /// One REST call with the server's own key.
+    pub fn api(&self, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
+        let key = self.text("api_key");
+        let headers = format!("X-API-Key: {key}\r\nContent-Type: application/json\r\n");
+        let body = body.map_or_else(String::new, |b| b.to_string());
+        let (status, text) = exchange(self.text("api_url"), method, path, &headers, &body);
+        (status, serde_json::from_str(&text).unwrap_or(Value::Null))
+    }
+
+    /// One GET through the proxy.
+    pub fn traffic(&self, id: &str, port: u16, path: &str, more: &str) -> (u16, String) {
+        let headers = format!("E2b-Sandbox-Id: {id}\r\nE2b-Sandbox-Port: {port}\r\n{more}");
+        exchange(self.text("sandbox_url"), "GET", path, &headers, "")
+    }
+
+    /// Creates a sandbox.
+    pub fn create(&self, body: Value) -> Value {
+        let (status, sandbox) = self.api("POST", "/v2/sandboxes", Some(body));
+        assert_eq!(status, 201, "{sandbox}");
+        sandbox
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).expect("the server is alive");
+    }
+
+    /// Stops it as an operator does; it must end clean.
+    pub fn stop(mut self) {
+        self.signal(rustix::process::Signal::TERM);
+        let status = self.child.wait().expect("the server can be waited for");
+        assert!(status.success(), "the server ended with {status}");
+    }
+
+    /// Kills it as the kernel would.
+    pub fn crash(mut self) {
+        self.signal(rustix::process::Signal::KILL);
+        let _status = self.child.wait().expect("the server can be waited for");
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // A failed test must not leave its server; a stopped one is already gone.
+        let _gone = self.child.kill().is_err();
+        let _reaped = self.child.wait().is_ok();
+    }
+}
+
+/// One HTTP/1.1 exchange on a connection of its own.
+fn exchange(base: &str, method: &str, path: &str, headers: &str, body: &str) -> (u16, String) {
+    let host = base.strip_prefix("http://").expect("a plain URL");
+    let mut stream = TcpStream::connect(host).expect("the server listens");
+    stream.set_read_timeout(Some(Duration::from_secs(30))).expect("a socket option");
+    let length = body.len();
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\
+         Content-Length: {length}\r\n{headers}\r\n{body}"
+    );
+    stream.write_all(request.as_bytes()).expect("the request is taken");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer in UTF-8");
+    let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
+    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body).to_owned();
+    let chunked = answer.to_ascii_lowercase().contains("transfer-encoding: chunked");
+    (status, if chunked { unchunk(&body) } else { body })
+}
+
+fn unchunk(body: &str) -> String {
+    let mut rest = body;
+    let mut whole = String::new();
+    while let Some((size, after)) = rest.split_once("\r\n") {
+        let size = usize::from_str_radix(size.trim(), 16).expect("a chunk size");
+        if size == 0 {
+            break;
+        }
+        whole.push_str(&after[..size]);
+        rest = after[size..].trim_start_matches("\r\n");
+    }
+    whole
+}
+
+/// Waits for `done`, at most 20 s.
+pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what} did not happen in 20 s");
+        std::thread::yield_now();
+    }
+}
+
+/// Runs `belljar template build base` for a data folder.
+pub fn build_base(data: &Path, runtime: &str, kernel: &Path, rootfs: &Path) {
+    let built = Command::new(env!("CARGO_BIN_EXE_belljar"))
+        .args(["template", "build", "base", "--runtime", runtime, "--json", "--data-dir"])
+        .arg(data)
+        .arg("--kernel")
+        .arg(kernel)
+        .arg("--rootfs")
+        .arg(rootfs)
+        .output()
+        .expect("the program runs");
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+}
+
+/// Files of sandboxes in a data folder.
+pub fn left_in(data: &Path) -> Vec<String> {
+    ["ledger", "overlays", "run"]
+        .iter()
+        .filter_map(|dir| std::fs::read_dir(data.join(dir)).ok())
+        .flatten()
+        .map(|file| file.expect("a readable folder").path().display().to_string())
+        .collect()
+}

@@ -101,6 +101,8 @@ class Raw:
         finally:
             server.kill(sandbox_id)
         self.slots = [f"bjbench{index}" for index in range(slots)]
+
+    def open(self):
         for name in self.slots:
             self.make_namespace(name)
 
@@ -109,7 +111,8 @@ class Raw:
         for pid in filter(str.isdigit, os.listdir("/proc")):
             try:
                 with open(f"/proc/{pid}/cmdline", "rb") as file:
-                    words = [word.decode() for word in file.read().split(b"\0")[:-1]]
+                    text = file.read().decode(errors="replace")
+                words = text.split("\0")[:-1]
                 if "qemu-system" in words[0] and any(sandbox_id in word for word in words):
                     return [Raw.resolved(pid, word) for word in words]
             except (OSError, IndexError):
@@ -123,6 +126,8 @@ class Raw:
 
     @staticmethod
     def make_namespace(name):
+        # A run that was killed may have left one.
+        subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
         for command in (
             f"ip netns add {name}",
             f"ip -n {name} tuntap add tap0 mode tap vnet_hdr",
@@ -294,17 +299,45 @@ def report(name, ours, theirs, limit):
     return rows
 
 
+def resident_kib(pid):
+    with open(f"/proc/{pid}/status") as file:
+        return int(re.search(r"VmRSS:\s+(\d+)", file.read())[1])
+
+
+def weigh(server, belljar, data_dir, envd):
+    """What the server and the guest daemon weigh: rows like those of [report]."""
+    with open(os.path.join(data_dir, "server.json")) as file:
+        pid = json.load(file)["pid"]
+    rows = [("server resident, no sandbox", resident_kib(pid), 60 * 1024)]
+    _, _, sandbox_id = server.create()
+    try:
+        exec_ = [belljar, "--data-dir", data_dir, "sandbox", "exec", "--user", "root", sandbox_id]
+        status = subprocess.run([*exec_, "cat /proc/1/status"], check=True, capture_output=True)
+        resident = int(re.search(rb"VmRSS:\s+(\d+)", status.stdout)[1])
+    finally:
+        server.kill(sandbox_id)
+    rows.append(("guest daemon resident", resident, 8 * 1024))
+    rows.append(("guest daemon on disk", os.path.getsize(envd) // 1024, 5 * 1024))
+    return [{"what": what, "kib": kib, "limit_kib": limit, "met": kib <= limit}
+            for what, kib, limit in rows]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--at-once", type=int, default=10)
+    parser.add_argument("--belljar", required=True, help="the program under test")
+    parser.add_argument("--data-dir", required=True, help="data folder of the running server")
+    parser.add_argument("--envd", required=True, help="the static guest daemon")
     options = parser.parse_args()
     folder = tempfile.mkdtemp(prefix="belljar-bench-")
     server = Server()
+    rows = weigh(server, options.belljar, options.data_dir, options.envd)
     raw = Raw(server, folder, options.at_once)
     try:
+        raw.open()
         one_at_a_time(server, raw, 2)  # Warms page caches and pools; not counted.
-        rows = report("one", *one_at_a_time(server, raw, options.rounds), 1.5)
+        rows += report("one", *one_at_a_time(server, raw, options.rounds), 1.5)
         rounds = max(3, options.rounds // 3)
         rows += report(f"{options.at_once} at once, the last",
                        *many_at_once(server, raw, options.at_once, rounds), 2.0)

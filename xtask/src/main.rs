@@ -1,9 +1,10 @@
-//! Project automation: `cargo xtask demo`, `test`, `setup`, `check`, `tidy`.
+//! Project automation: `cargo xtask demo`, `test`, `bench`, `setup`, `check`, `tidy`.
 //!
 //! A fresh machine needs nothing but a Rust toolchain: every verb that needs packages, the guest
 //! kernel or a template runs the setup steps first, and they are cheap when nothing changed.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod check;
 mod command;
 mod demo;
@@ -49,6 +50,12 @@ enum Verb {
         #[arg(long)]
         release: bool,
     },
+    /// Set up, then time creates against the raw mechanism and weigh what runs (takes minutes).
+    Bench {
+        /// Bench the unoptimised build: quicker to build, not what users run.
+        #[arg(long)]
+        dev: bool,
+    },
     /// What must be clean before a commit: formatting, clippy without warnings, tidy.
     Check,
     /// Only the project's own rules: layers, file sizes, names, stray paths and hosts.
@@ -80,6 +87,7 @@ fn run(verb: Verb) -> Result<bool> {
             setup::run(&places, &Goal { build, data: places.demo_data() })?;
             Ok(true)
         }
+        Verb::Bench { dev } => bench::run(&places, BuildKind::from_release(!dev)),
         Verb::Check => check::run(&places),
         Verb::Tidy => Ok(tidy::run(&places)?.is_clean()),
     }

@@ -21,11 +21,11 @@ use belljar_blockstore::{
 use belljar_daemon::{Scope, Teardown, clock};
 use belljar_domain::{BuildId, Kind, MiB, TemplateId, Vcpus};
 use belljar_network::{EgressPolicy, GATEWAY_IP, GUEST_IP, GUEST_PREFIX_LEN, LeaseError, Slots};
+use belljar_runtime::control::{ControlError, GuestControl};
 use belljar_runtime::{
     BootSource, DiskExport, ExitCause, Identity, KillError, Machine, MachineSpec,
     NetworkAttachment, Runtime, SaveError, StartError,
 };
-use belljar_sandbox::guest::{GuestControl, GuestError};
 use belljar_sandbox::template::{Template, TemplateDraft, TemplateError, TemplateMeta};
 use belljar_wire::guest::Init;
 
@@ -37,6 +37,8 @@ use crate::warm::{COMMANDS, Guest, WarmError};
 const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 const READY_DEADLINE: Duration = Duration::from_secs(60);
 const FLUSH_DEADLINE: Duration = Duration::from_secs(60);
+/// Set apart from the nonce of the one `Init` before it.
+const FLUSH_NONCE: u64 = 2;
 /// For one request to the guest; the first Python start on an emulated processor takes seconds.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(60);
 const UNDO_DEADLINE: Duration = Duration::from_secs(30);
@@ -113,7 +115,7 @@ pub enum BuildError {
     Start(#[from] StartError),
     /// The guest did not come up or did not obey.
     #[error("reach the guest")]
-    Guest(#[from] GuestError),
+    Guest(#[from] ControlError),
     /// The machine ended before it was saved.
     #[error("save the machine: it ended by itself: {cause:?}")]
     MachineEnded {
@@ -303,8 +305,7 @@ async fn bake(
     guest: Guest,
     on: OnProgress<'_>,
 ) -> Result<String, BuildError> {
-    let waiting_for = "opening it";
-    let stream = machine.take_control().ok_or(GuestError::Closed { waiting_for })?;
+    let stream = machine.take_control().ok_or(ControlError::Closed)?;
     // A machine that is gone is told at once; otherwise the guest's silence would run into the
     // deadline of whatever was asked last.
     let envd_version = tokio::select! {
@@ -324,7 +325,7 @@ async fn prepare(
     guest: Guest,
     on: OnProgress<'_>,
 ) -> Result<String, BuildError> {
-    let booted = control.wait_booted(BOOT_DEADLINE).await?;
+    let booted = control.booted(BOOT_DEADLINE).await?;
     on(Event::Detail(format!("guest daemon {booted} is up")));
     let init = Init {
         nonce: 1,
@@ -342,7 +343,7 @@ async fn prepare(
             guest.run(command).await?;
         }
     }
-    control.prepare_snapshot(FLUSH_DEADLINE).await?;
+    control.prepare_snapshot(FLUSH_NONCE, FLUSH_DEADLINE).await?;
     Ok(envd_version)
 }
 
@@ -367,7 +368,8 @@ fn make_draft(
     undo.push("template draft", async move {
         blocking(move || discarded.discard()).await.map_err(|e| e.to_string())
     });
-    give(draft.dir(), config.identity)?;
+    // The folder stays ours: the machine's user is handed its files by descriptor, and could
+    // otherwise put links where we later take files back.
     Ok(draft)
 }
 

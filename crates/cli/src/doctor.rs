@@ -6,6 +6,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::Result;
 use belljar_domain::{MiB, Tier};
+use belljar_runtime::Runtime as _;
 use belljar_runtime::qemu::{QemuConfig, QemuRuntime};
 use serde::Serialize;
 
@@ -65,7 +66,7 @@ pub(crate) async fn run(local: &Local, options: &Doctor, as_json: bool) -> Resul
     checks.push(check_forwarding(local, options.fix));
     checks.push(check_disk(&local.data_dir));
     checks.extend(DEFAULT_PORTS.map(|port| check_port(local, port)));
-    checks.push(check_template(local));
+    checks.push(check_template(local).await);
     if as_json {
         output::json(&checks)?;
     } else {
@@ -121,6 +122,11 @@ fn check_programs(local: &Local, fix: bool) -> Check {
         missing().map(|(program, _, what)| format!("{program} ({what})")).collect();
     let command = format!("apt-get install -y --no-install-recommends {}", packages.join(" "));
     if fix && local.is_root {
+        // A fresh image has no package lists; if this fails, so does the install, which is told.
+        let _refreshed = Command::new("apt-get")
+            .args(["-q", "update"])
+            .stdout(std::process::Stdio::null())
+            .status();
         let installed = Command::new("apt-get")
             .args(["install", "-y", "--no-install-recommends"])
             .args(&packages)
@@ -155,7 +161,8 @@ async fn check_isolation() -> Check {
             "isolation",
             Status::Fail,
             format!("no machine can be started: {e}"),
-            "install QEMU: apt-get install -y qemu-system-x86",
+            "install QEMU 10 or newer; Debian 12 has it in bookworm-backports: `cargo xtask setup` \
+             adds that source and installs it",
         ),
     }
 }
@@ -239,13 +246,24 @@ fn check_port(local: &Local, port: u16) -> Check {
     )
 }
 
-fn check_template(local: &Local) -> Check {
+/// Whether there is a template, and whether this host's driver can restore it.
+async fn check_template(local: &Local) -> Check {
+    let fingerprint = match QemuRuntime::detect(QemuConfig::default()).await {
+        Ok((runtime, _)) => runtime.fingerprint(),
+        Err(_) => String::new(),
+    };
     match belljar_sandbox::template::load_all(&local.templates_dir()) {
         Ok(templates) if templates.is_empty() => Check::bad(
             "template",
             Status::Warn,
             "no template is built, so no sandbox can be created",
             "in the source folder: `cargo xtask demo`; or `belljar template build --help`",
+        ),
+        Ok(templates) if templates.iter().all(|t| t.meta.fingerprint != fingerprint) => Check::bad(
+            "template",
+            Status::Warn,
+            "every template was saved under another QEMU or tier and cannot be used",
+            "build it again: `cargo xtask setup`, or `belljar template build --help`",
         ),
         Ok(templates) => {
             let names: Vec<String> =

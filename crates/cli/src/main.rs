@@ -33,6 +33,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let format = if cli.json { LogFormat::Json } else { LogFormat::Text };
     telemetry::init(&cli.log, format);
+    raise_descriptor_limit();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => return fail(&anyhow::Error::new(e).context("failed to start the async runtime")),
@@ -40,6 +41,16 @@ fn main() -> ExitCode {
     match runtime.block_on(dispatch(cli)) {
         Ok(code) => code,
         Err(e) => fail(&e),
+    }
+}
+
+/// Takes every descriptor this process may have: a sandbox costs some seven, a connection one or
+/// two, and the usual soft limit of 1,024 is a hundred sandboxes with a handful of users.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!(error = %e, "the descriptor limit stays as it is");
     }
 }
 

@@ -79,34 +79,51 @@ impl Local {
         self.data_dir.join("node.sock")
     }
 
-    /// Addresses of this server's slots: one /16 of 10.64.0.0/10, so that servers on one host
-    /// rarely meet. A meeting is refused by the kernel when the second server makes its slots.
-    pub(crate) fn slot_cidr(&self) -> Ipv4Cidr {
-        let second =
-            self.host_tag.bytes().fold(0_u8, |sum, b| sum.wrapping_mul(31).wrapping_add(b));
-        Ipv4Cidr::new(Ipv4Addr::new(10, 64 + second % 64, 0, 0), 16)
-            .expect("a /16 with two zero octets has no bits after its prefix")
+    /// The slot range this server tries first.
+    pub(crate) fn first_range(&self) -> SlotRange {
+        let sum = |sum: u8, b: u8| sum.wrapping_mul(31).wrapping_add(b);
+        SlotRange(self.host_tag.bytes().fold(0, sum) % SlotRange::COUNT)
     }
 
     /// Machine processes get users of their own where that is possible.
-    pub(crate) fn machine_uid_base(&self) -> Option<u32> {
-        self.is_root.then_some(MACHINE_UID_BASE)
+    pub(crate) fn machine_uid_base(&self, range: SlotRange) -> Option<u32> {
+        self.is_root.then(|| MACHINE_UID_BASE + u32::from(range.0) * SlotRange::ADDRESSES)
     }
 
-    pub(crate) fn sandbox_settings(&self, sandboxes_max: u16) -> Settings {
+    pub(crate) fn sandbox_settings(&self, sandboxes_max: u16, range: SlotRange) -> Settings {
         Settings {
             host_tag: self.host_tag.clone(),
             ledger_dir: self.data_dir.join("ledger"),
             run_dir: self.run_dir.clone(),
             overlay_dir: self.data_dir.join("overlays"),
             templates_dir: self.templates_dir(),
-            machine_uid_base: self.machine_uid_base(),
+            machine_uid_base: self.machine_uid_base(range),
             sandboxes_max: usize::from(sandboxes_max),
             // Restores are bound by processor time: more at once only makes each one slower.
             starting_max: std::thread::available_parallelism().map_or(2, usize::from) * 4,
             ready_deadline: Duration::from_secs(30),
             teardown_step_deadline: Duration::from_secs(15),
         }
+    }
+}
+
+/// One /16 of 10.64.0.0/10: where a server's slots have their addresses. The kernel gives it to one
+/// server at a time, so what is numbered by it, such as users, is told apart as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SlotRange(u8);
+
+impl SlotRange {
+    const COUNT: u8 = 64;
+    const ADDRESSES: u32 = 1 << 16;
+
+    pub(crate) fn cidr(self) -> Ipv4Cidr {
+        Ipv4Cidr::new(Ipv4Addr::new(10, 64 + self.0, 0, 0), 16)
+            .expect("a /16 with two zero octets has no bits after its prefix")
+    }
+
+    /// Every range, this one first.
+    pub(crate) fn all(self) -> impl Iterator<Item = SlotRange> {
+        (0..Self::COUNT).map(move |step| SlotRange((self.0 + step) % Self::COUNT))
     }
 }
 
@@ -120,6 +137,14 @@ fn host_tag(data_dir: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_range_is_tried_once() {
+        let ranges: Vec<SlotRange> = SlotRange(60).all().collect();
+        assert_eq!((ranges.len(), ranges[0], ranges[4]), (64, SlotRange(60), SlotRange(0)));
+        let top = MACHINE_UID_BASE + 64 * SlotRange::ADDRESSES;
+        assert!(i32::try_from(top).is_ok(), "some tools take user ids as signed");
+    }
 
     #[test]
     fn tags_are_short_stable_and_differ() {

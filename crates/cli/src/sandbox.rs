@@ -117,7 +117,8 @@ pub(crate) struct Exec {
 
 #[derive(Default, Serialize)]
 struct ExecOutcome {
-    exit_code: i32,
+    /// `None` until the end was seen.
+    exit_code: Option<i32>,
     stdout: String,
     stderr: String,
 }
@@ -144,14 +145,17 @@ pub(crate) async fn exec(target: Target, as_json: bool, exec: Exec) -> Result<Ex
         let message: StartResponse = message.to_owned_message();
         let Some(event) = message.event.as_option().and_then(|e| e.event.clone()) else { continue };
         if let Some(code) = on_event(event, as_json, &mut outcome)? {
-            outcome.exit_code = code;
+            outcome.exit_code = Some(code);
         }
     }
+    let Some(code) = outcome.exit_code else {
+        bail!("the sandbox ended before the command did");
+    };
     if as_json {
         output::json(&outcome)?;
     }
     // A shell's convention: a command that was killed has no code of its own.
-    Ok(ExitCode::from(u8::try_from(outcome.exit_code).unwrap_or(255)))
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(255)))
 }
 
 fn process_config(exec: &Exec) -> ProcessConfig {

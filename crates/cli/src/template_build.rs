@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use belljar_builder::{BuildConfig, Deps, Event, RootfsConfig, rootfs as rootfs_image, source_key};
-use belljar_daemon::Scope;
+use belljar_daemon::{OnError, Scope};
 use belljar_domain::{MiB, TemplateId, Vcpus};
 use belljar_network::{FakeSlots, Slots};
 use belljar_runtime::Identity;
@@ -18,8 +18,8 @@ use serde::Serialize;
 use crate::args::{Rootfs, RuntimeChoice, TemplateBuild};
 use crate::lock;
 use crate::output;
-use crate::preset::Local;
-use crate::up::{isolate, open_slot_pool};
+use crate::preset::{Local, SlotRange};
+use crate::up::{StopSignals, isolate, open_slot_pool};
 
 /// The guest's name server until egress rules name another. Source: contract section 1.2.
 const GUEST_DNS: std::net::Ipv4Addr = std::net::Ipv4Addr::new(8, 8, 8, 8);
@@ -56,6 +56,7 @@ pub(crate) async fn rootfs(options: Rootfs, as_json: bool) -> Result<ExitCode> {
         etc_apt: PathBuf::from("/etc/apt"),
     };
     let scope = Scope::root("rootfs");
+    cancel_on_signal(&scope)?;
     let steps = Steps::start(as_json);
     let made = rootfs_image::assemble(&config, &scope, &|event| steps.show(event)).await;
     steps.finish();
@@ -147,10 +148,8 @@ async fn build_unless_equal(
     let template_id =
         earlier.first().map_or_else(TemplateId::random, |t| t.meta.template_id.clone());
     let scope = Scope::root("template build");
-    let slots: Arc<dyn Slots> = match options.runtime {
-        RuntimeChoice::Fake => Arc::new(FakeSlots::new(BUILD_SLOTS)),
-        _ => Arc::new(open_slot_pool(local, BUILD_SLOTS, &scope).await?),
-    };
+    cancel_on_signal(&scope)?;
+    let (slots, range) = open_slots(local, options.runtime, &scope).await?;
     let run_dir = local.run_dir.join("build");
     if run_dir.exists() {
         // A build that was killed left it; its machine died with it.
@@ -170,7 +169,7 @@ async fn build_unless_equal(
         vcpus,
         memory,
         dns: GUEST_DNS,
-        identity: local.machine_uid_base().map(|id| Identity { uid: id, gid: id }),
+        identity: local.machine_uid_base(range).map(|id| Identity { uid: id, gid: id }),
         source_key: key,
         warm_up: options.runtime != RuntimeChoice::Fake,
     };
@@ -192,6 +191,32 @@ async fn build_unless_equal(
             .with_context(|| format!("failed to remove the old build in {}", old.dir.display()))?;
     }
     Ok((template, false))
+}
+
+async fn open_slots(
+    local: &Local,
+    runtime: RuntimeChoice,
+    scope: &Scope,
+) -> Result<(Arc<dyn Slots>, SlotRange)> {
+    match runtime {
+        RuntimeChoice::Fake => Ok((Arc::new(FakeSlots::new(BUILD_SLOTS)), local.first_range())),
+        RuntimeChoice::Auto | RuntimeChoice::Emulated => {
+            let (pool, range) = open_slot_pool(local, BUILD_SLOTS, scope).await?;
+            Ok((Arc::new(pool), range))
+        }
+    }
+}
+
+/// Has SIGINT and SIGTERM cancel the scope, so that a build gives back what it holds.
+fn cancel_on_signal(scope: &Scope) -> Result<()> {
+    let mut stop = StopSignals::new()?;
+    let cancelled = scope.clone();
+    scope.spawn("signals", OnError::Log, async move {
+        stop.next().await;
+        cancelled.cancel();
+        Ok::<(), std::convert::Infallible>(())
+    });
+    Ok(())
 }
 
 /// Shows the step under way: a spinner on a terminal, a line elsewhere, nothing beside JSON.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow, bail};
 use belljar_control::{ApiKey, Store};
 use belljar_daemon::{OnError, Scope};
-use belljar_network::{FakeSlots, SlotPool, Slots, SlotsConfig};
+use belljar_network::{FakeSlots, OpenError, SlotPool, Slots, SlotsConfig};
 use belljar_proxy::MemoryCatalog;
 use belljar_runtime::Runtime;
 use belljar_runtime::fake::FakeRuntime;
@@ -26,7 +26,7 @@ use crate::args::{RuntimeChoice, Up};
 use crate::catalog::Announcer;
 use crate::lock;
 use crate::output;
-use crate::preset::Local;
+use crate::preset::{Local, SlotRange};
 use crate::server_file::{Server, write_private};
 
 /// How long sandboxes get to end when the server stops; more of them than a host holds end in this.
@@ -50,6 +50,9 @@ struct Ready<'a> {
     tier_reason: &'a str,
     templates: Vec<String>,
     reclaimed_sandboxes: usize,
+    /// Part of the name of everything this server makes on the host.
+    host_tag: &'a str,
+    pid: u32,
 }
 
 pub(crate) async fn run(local: Local, options: Up, as_json: bool) -> Result<ExitCode> {
@@ -60,7 +63,11 @@ pub(crate) async fn run(local: Local, options: Up, as_json: bool) -> Result<Exit
     let root = Scope::root("server");
     let host = Host::open(&local, &options, &root).await?;
     let outcome = serve(&local, &options, &host, (api, proxy), &root, &mut stop, as_json).await;
-    let clean = host.close().await;
+    let clean = tokio::select! {
+        clean = host.close() => clean,
+        // Machines die with this process, and the next start reclaims what they leave.
+        () = stop.next() => bail!("stopped at once by another signal"),
+    };
     remove_files(&local);
     outcome?;
     Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -115,6 +122,7 @@ async fn serve(
 
 /// What this host offers sandboxes, and what earlier runs left.
 struct Host {
+    tag: String,
     isolation: Isolation,
     slots: Arc<dyn Slots>,
     sandboxes: Sandboxes,
@@ -128,9 +136,9 @@ impl Host {
             .with_context(|| format!("failed to make {}", templates.display()))?;
         reclaim_drafts(&templates).context("failed to remove what a killed build left")?;
         let isolation = isolate(options.runtime).await?;
-        let slots = open_slots(local, options, root).await?;
+        let (slots, range) = open_slots(local, options, root).await?;
         let deps = Deps { runtime: isolation.runtime.clone(), slots: slots.clone() };
-        let settings = local.sandbox_settings(options.sandboxes_max);
+        let settings = local.sandbox_settings(options.sandboxes_max, range);
         let opened = Sandboxes::open(settings, deps, root.child("sandboxes")).await;
         let (sandboxes, reclaimed) = match opened {
             Ok(opened) => opened,
@@ -139,7 +147,8 @@ impl Host {
                 return Err(anyhow!(e).context("failed to open this host's sandboxes"));
             }
         };
-        Ok(Host { isolation, slots, sandboxes, reclaimed: reclaimed.sandboxes })
+        let (tag, reclaimed) = (local.host_tag.clone(), reclaimed.sandboxes);
+        Ok(Host { tag, isolation, slots, sandboxes, reclaimed })
     }
 
     /// Ends every sandbox and gives the slots back. Says whether nothing is left.
@@ -170,12 +179,18 @@ pub(crate) async fn isolate(choice: RuntimeChoice) -> Result<Isolation> {
     let (runtime, reason) = QemuRuntime::detect(config)
         .await
         .context("failed to find a way to run machines; `belljar doctor` says what is missing")?;
-    Ok(Isolation { runtime: Arc::new(runtime), reason: reason.sentence })
+    let reason = format!("{}; limits by {}", reason.sentence, runtime.limited_by());
+    Ok(Isolation { runtime: Arc::new(runtime), reason })
 }
 
-async fn open_slots(local: &Local, options: &Up, root: &Scope) -> Result<Arc<dyn Slots>> {
+async fn open_slots(
+    local: &Local,
+    options: &Up,
+    root: &Scope,
+) -> Result<(Arc<dyn Slots>, SlotRange)> {
     if options.runtime == RuntimeChoice::Fake {
-        return Ok(Arc::new(FakeSlots::new(u32::from(options.sandboxes_max))));
+        let slots = FakeSlots::new(u32::from(options.sandboxes_max));
+        return Ok((Arc::new(slots), local.first_range()));
     }
     if !local.is_root {
         return Err(anyhow!(
@@ -183,17 +198,33 @@ async fn open_slots(local: &Local, options: &Up, root: &Scope) -> Result<Arc<dyn
              which isolates nothing"
         ));
     }
-    let pool = open_slot_pool(local, u32::from(options.sandboxes_max), root).await?;
-    Ok(Arc::new(pool))
+    let (pool, range) = open_slot_pool(local, u32::from(options.sandboxes_max), root).await?;
+    Ok((Arc::new(pool), range))
 }
 
-/// Opens the real slot pool. Also used when a template is built.
-pub(crate) async fn open_slot_pool(local: &Local, capacity: u32, root: &Scope) -> Result<SlotPool> {
-    let config =
-        SlotsConfig { cidr: local.slot_cidr(), capacity, ..SlotsConfig::new(&local.host_tag) };
-    SlotPool::open(config, root)
-        .await
-        .context("failed to set up sandbox networking; `belljar doctor` says what is missing")
+/// Opens the real slot pool on the first address range this host does not use. Also used when a
+/// template is built.
+pub(crate) async fn open_slot_pool(
+    local: &Local,
+    capacity: u32,
+    root: &Scope,
+) -> Result<(SlotPool, SlotRange)> {
+    const FAILED: &str =
+        "failed to set up sandbox networking; `belljar doctor` says what is missing";
+    let mut taken = None;
+    for range in local.first_range().all() {
+        let config =
+            SlotsConfig { cidr: range.cidr(), capacity, ..SlotsConfig::new(&local.host_tag) };
+        match SlotPool::open(config, root).await {
+            Ok(pool) => return Ok((pool, range)),
+            Err(e @ OpenError::RangeTaken { .. }) => taken = Some(e),
+            Err(e) => return Err(anyhow!(e).context(FAILED)),
+        }
+    }
+    Err(match taken {
+        Some(e) => anyhow!(e).context("failed to find a free range among 10.64.0.0/10"),
+        None => anyhow!(FAILED),
+    })
 }
 
 async fn listen(ip: IpAddr, port: u16, flag: &str) -> Result<TcpListener> {
@@ -300,6 +331,8 @@ fn announce(server: &Server, api_key: &str, host: &Host, as_json: bool) -> Resul
             tier_reason: &host.isolation.reason,
             templates,
             reclaimed_sandboxes: host.reclaimed.len(),
+            host_tag: &host.tag,
+            pid: server.pid,
         });
     }
     output::line(&format!(
@@ -309,6 +342,13 @@ fn announce(server: &Server, api_key: &str, host: &Host, as_json: bool) -> Resul
     if !host.reclaimed.is_empty() {
         let ids = host.reclaimed.join(", ");
         output::line(&format!("Removed what an earlier run left of these sandboxes: {ids}."))?;
+    }
+    for old in host.sandboxes.unusable_templates() {
+        output::line(&format!(
+            "Template {} was saved under another QEMU or tier and cannot be used: build it again \
+             with `belljar template build` (or `cargo xtask setup`).",
+            old.meta.aliases.join(", ")
+        ))?;
     }
     if templates.is_empty() {
         output::line("No template is built yet: `belljar template build --help` says how.")?;
@@ -341,20 +381,20 @@ fn remove_files(local: &Local) {
 }
 
 /// SIGINT and SIGTERM: the first asks to stop, the second stops waiting for it.
-struct StopSignals {
+pub(crate) struct StopSignals {
     interrupt: tokio::signal::unix::Signal,
     terminate: tokio::signal::unix::Signal,
 }
 
 impl StopSignals {
-    fn new() -> Result<StopSignals> {
+    pub(crate) fn new() -> Result<StopSignals> {
         Ok(StopSignals {
             interrupt: signal(SignalKind::interrupt()).context("failed to watch for SIGINT")?,
             terminate: signal(SignalKind::terminate()).context("failed to watch for SIGTERM")?,
         })
     }
 
-    async fn next(&mut self) {
+    pub(crate) async fn next(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}

@@ -34,7 +34,7 @@ async fn ten_live_sandboxes_outlive_no_crash() {
 
     let server = Server::start(data.path(), "emulated");
     assert_eq!(server.ready["reclaimed_sandboxes"], json!(SANDBOXES));
-    assert_eq!(left_in(data.path()), Vec::<String>::new());
+    assert_eq!(left_in(data.path(), server.text("host_tag")), Vec::<String>::new());
     for id in &ids {
         assert_eq!(server.api("GET", &format!("/sandboxes/{id}"), None).0, 404, "sandbox {id}");
     }

@@ -27,7 +27,6 @@ fn start(data: &Path) -> Server {
     Server::start(data, "fake")
 }
 
-
 #[test]
 fn a_sandbox_lives_from_create_to_kill() {
     let data = data_dir();
@@ -104,7 +103,7 @@ fn a_killed_server_accounts_for_every_sandbox() {
     for id in &ids {
         assert_eq!(server.api("GET", &format!("/sandboxes/{id}"), None).0, 404);
     }
-    assert_eq!(left_in(data.path()), Vec::<String>::new());
+    assert_eq!(left_in(data.path(), server.text("host_tag")), Vec::<String>::new());
     server.stop();
 }
 
@@ -127,8 +126,11 @@ fn one_data_folder_has_one_server() {
 fn stopping_ends_sandboxes_and_leaves_nothing() {
     let data = data_dir();
     let server = start(data.path());
+    let tag = server.text("host_tag").to_owned();
     let _sandbox = server.create(json!({ "templateID": "base" }));
+    assert_ne!(left_in(data.path(), &tag), Vec::<String>::new(), "the check sees nothing");
     server.stop();
-    assert_eq!(left_in(data.path()), Vec::<String>::new());
+    assert_eq!(left_in(data.path(), &tag), Vec::<String>::new());
+    assert!(!Path::new("/run/belljar").join(&tag).exists());
     assert!(!data.path().join("server.json").exists());
 }

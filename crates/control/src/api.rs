@@ -17,8 +17,8 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::Response;
-use axum::routing::{get, post};
-use http::{Method, Uri, header};
+use axum::routing::{any, get, post};
+use http::{Method, StatusCode, Uri, header};
 use tracing::info;
 
 use crate::app::App;
@@ -34,6 +34,16 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/v2/sandboxes/{id}/connect", post(sandboxes::connect_v2))
         .route("/sandboxes/{id}/timeout", post(sandboxes::set_timeout))
         .route("/sandboxes/{id}/refreshes", post(sandboxes::refresh))
+        .route("/sandboxes/metrics", any(not_yet))
+        .route("/sandboxes/{id}/metrics", any(not_yet))
+        .route("/sandboxes/{id}/logs", any(not_yet))
+        .route("/v2/sandboxes/{id}/logs", any(not_yet))
+        .route("/sandboxes/{id}/pause", any(not_yet))
+        .route("/sandboxes/{id}/resume", any(not_yet))
+        .route("/sandboxes/{id}/fork", any(not_yet))
+        .route("/sandboxes/{id}/snapshots", any(not_yet))
+        .route("/sandboxes/{id}/network", any(not_yet))
+        .route("/snapshots", any(not_yet))
         .route("/templates", get(templates::list_v1))
         .route("/v2/templates", get(templates::list_v2))
         .route("/templates/{id}", get(templates::detail))
@@ -54,6 +64,13 @@ async fn health(State(_app): State<Arc<App>>) -> &'static str {
 
 async fn no_such_route(method: Method, uri: Uri) -> ApiError {
     ApiError::not_found(format!("no such route: {method} {}", uri.path()))
+}
+
+/// Routes of the contract that this server does not serve yet. A 404 would tell an SDK that the
+/// sandbox is gone.
+async fn not_yet(method: Method, uri: Uri) -> ApiError {
+    let message = format!("{method} {} is not supported by this server yet", uri.path());
+    ApiError::new(StatusCode::NOT_IMPLEMENTED, message)
 }
 
 /// One line a request. Queries and headers can hold what the caller wants kept private.

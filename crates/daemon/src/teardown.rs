@@ -23,6 +23,7 @@ type Undo = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 struct Step {
     what: &'static str,
     undo: Undo,
+    only_if_clean: bool,
 }
 
 /// A last-in, first-out stack of undo steps.
@@ -30,6 +31,7 @@ pub struct Teardown {
     scope: Scope,
     step_deadline: Duration,
     steps: Vec<Step>,
+    leaks: Vec<Leak>,
 }
 
 /// One undo step that failed or ran out of time.
@@ -44,7 +46,7 @@ pub struct Leak {
 impl Teardown {
     /// An empty stack. Each step gets at most `step_deadline`.
     pub fn new(scope: &Scope, step_deadline: Duration) -> Teardown {
-        Teardown { scope: scope.clone(), step_deadline, steps: Vec::new() }
+        Teardown { scope: scope.clone(), step_deadline, steps: Vec::new(), leaks: Vec::new() }
     }
 
     /// Registers how to give `what` back. The future does nothing until teardown polls it.
@@ -52,20 +54,39 @@ impl Teardown {
     where
         F: Future<Output = Result<(), String>> + Send + 'static,
     {
-        self.steps.push(Step { what, undo: Box::pin(undo) });
+        self.steps.push(Step { what, undo: Box::pin(undo), only_if_clean: false });
+    }
+
+    /// As [`Teardown::push`], for what records the others: it is given back only if every step
+    /// before it was, and stays otherwise, so that a later start finds what is left.
+    pub fn push_if_clean<F>(&mut self, what: &'static str, undo: F)
+    where
+        F: Future<Output = Result<(), String>> + Send + 'static,
+    {
+        self.steps.push(Step { what, undo: Box::pin(undo), only_if_clean: true });
+    }
+
+    /// Says that something outside this stack may be left, as if a step had failed.
+    pub fn note_leak(&mut self, what: &'static str, reason: String) {
+        warn!(what, reason, "something may be left behind");
+        self.leaks.push(Leak { what, reason });
     }
 
     /// Runs every step, last first, and reports those that failed.
     ///
     /// Not cancel-safe by itself: call it from a shielded task, as the drop path does.
     pub async fn run(mut self) -> Vec<Leak> {
-        run_steps(std::mem::take(&mut self.steps), self.step_deadline).await
+        let leaks = std::mem::take(&mut self.leaks);
+        run_steps(std::mem::take(&mut self.steps), self.step_deadline, leaks).await
     }
 }
 
-async fn run_steps(mut steps: Vec<Step>, deadline: Duration) -> Vec<Leak> {
-    let mut leaks = Vec::new();
+async fn run_steps(mut steps: Vec<Step>, deadline: Duration, mut leaks: Vec<Leak>) -> Vec<Leak> {
     while let Some(step) = steps.pop() {
+        if step.only_if_clean && !leaks.is_empty() {
+            leaks.push(Leak { what: step.what, reason: "kept: it names what is left".to_owned() });
+            continue;
+        }
         let reason = match tokio::time::timeout(deadline, step.undo).await {
             Ok(Ok(())) => continue,
             Ok(Err(reason)) => reason,
@@ -84,12 +105,13 @@ impl Drop for Teardown {
         }
         let steps = std::mem::take(&mut self.steps);
         let deadline = self.step_deadline;
+        let leaks = std::mem::take(&mut self.leaks);
         if tokio::runtime::Handle::try_current().is_err() {
             warn!(steps = steps.len(), "teardown dropped outside a runtime; start-up reclaims it");
             return;
         }
         self.scope.spawn_shielded("dropped teardown", OnError::Log, async move {
-            let leaks = run_steps(steps, deadline).await;
+            let leaks = run_steps(steps, deadline, leaks).await;
             if leaks.is_empty() { Ok(()) } else { Err(format!("leaked {leaks:?}")) }
         });
     }
@@ -125,6 +147,19 @@ mod tests {
         let leaks = undo.run().await;
         assert_eq!(*seen.lock().expect("no panic holds this lock"), [2, 1]);
         assert_eq!(leaks.iter().map(|l| l.what).collect::<Vec<_>>(), ["stuck", "broken"]);
+    }
+
+    #[tokio::test]
+    async fn the_record_of_a_leak_is_kept() {
+        let scope = Scope::root("test");
+        let (seen, step) = recorder();
+        let mut undo = Teardown::new(&scope, Duration::from_secs(1));
+        undo.push_if_clean("record", step(1));
+        undo.push("two", step(2));
+        undo.note_leak("machine", "busy".to_owned());
+        let leaks = undo.run().await;
+        assert_eq!(*seen.lock().expect("no panic holds this lock"), [2]);
+        assert_eq!(leaks.iter().map(|l| l.what).collect::<Vec<_>>(), ["machine", "record"]);
     }
 
     #[tokio::test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
+use rustix::net::sockopt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
@@ -19,9 +20,15 @@ use crate::state::State;
 const IDLE_LIMIT: Duration = Duration::from_secs(640);
 
 /// How long sent bytes may stay unacknowledged before the connection counts as dead,
-/// milliseconds. A client that vanished while the machine was a snapshot must not hold back the
-/// process whose output it was reading.
-const UNACKNOWLEDGED_LIMIT_MS: u32 = 20_000;
+/// milliseconds. The kernel counts a peer that lives but does not read the same way, and such a
+/// pause is a client's right: so this is no shorter than what the proxies in front of us allow.
+const UNACKNOWLEDGED_LIMIT_MS: u32 = 610_000;
+
+/// A silent peer is asked whether it is there after this long, and again at this interval, so that
+/// one that vanished without a word is noticed within half a minute.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+const KEEPALIVE_TRIES: u32 = 3;
 
 /// Most bytes of a request read at once, which is also the longest head. It bounds what an upload
 /// holds in memory on its way to the disk.
@@ -67,9 +74,13 @@ pub async fn serve(
 }
 
 fn serve_connection(state: &Arc<State>, socket: TcpStream, router: axum::Router) {
-    // Both are optimisations of a connection that works without them.
+    // The connection works without any of these.
     let _ = socket.set_nodelay(true);
-    let _ = rustix::net::sockopt::set_tcp_user_timeout(&socket, UNACKNOWLEDGED_LIMIT_MS);
+    let _ = sockopt::set_tcp_user_timeout(&socket, UNACKNOWLEDGED_LIMIT_MS);
+    let _ = sockopt::set_socket_keepalive(&socket, true);
+    let _ = sockopt::set_tcp_keepidle(&socket, KEEPALIVE_IDLE);
+    let _ = sockopt::set_tcp_keepintvl(&socket, KEEPALIVE_INTERVAL);
+    let _ = sockopt::set_tcp_keepcnt(&socket, KEEPALIVE_TRIES);
     let mut incarnation = state.incarnation();
     let tasks = state.tasks.clone();
     state.tasks.spawn(async move {

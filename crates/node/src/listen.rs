@@ -3,6 +3,7 @@
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use belljar_daemon::{OnError, Scope};
 use connectrpc::ConnectRpcService;
@@ -10,6 +11,9 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::UnixListener;
+
+/// How long to wait before accepting again when one connection could not be taken.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why the node's socket cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -26,15 +30,6 @@ pub enum ServeError {
     /// The socket cannot be made.
     #[error("listen on {}", path.display())]
     Bind {
-        /// The path.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// No further connection can be taken.
-    #[error("accept a connection on {}", path.display())]
-    Accept {
         /// The path.
         path: PathBuf,
         /// Why.
@@ -59,12 +54,17 @@ pub(crate) async fn serve(
     let listener =
         bind(path).map_err(at).map_err(|(path, source)| ServeError::Bind { path, source })?;
     ready();
-    let outcome = loop {
+    loop {
         let stream = tokio::select! {
-            () = scope.cancelled() => break Ok(()),
+            () = scope.cancelled() => break,
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => stream,
-                Err(source) => break Err(at(source)),
+                Err(e) => {
+                    // Out of descriptors, or a peer that left: neither is worth the sandboxes.
+                    tracing::warn!(error = %e, "a node connection was not accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
             },
         };
         let service = TowerToHyperService::new(service.clone());
@@ -77,11 +77,11 @@ pub(crate) async fn serve(
             }
             Ok::<(), std::convert::Infallible>(())
         });
-    };
+    }
     if let Err(e) = std::fs::remove_file(path) {
         tracing::debug!(error = %e, "node socket was already gone");
     }
-    outcome.map_err(|(path, source)| ServeError::Accept { path, source })
+    Ok(())
 }
 
 fn bind(path: &Path) -> io::Result<UnixListener> {

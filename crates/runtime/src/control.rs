@@ -107,11 +107,15 @@ impl GuestControl {
     /// # Errors
     /// [`ControlError`].
     pub async fn booted(&mut self, limit: Duration) -> Result<String, ControlError> {
-        self.answer("boot the guest", limit, |message| match message {
-            FromGuest::Booted { envd_version } => Some(envd_version),
-            _ => None,
+        const STEP: &str = "boot the guest";
+        // Nothing was asked yet, so a failure of any nonce is that of the boot.
+        self.answer(STEP, limit, |message| match message {
+            FromGuest::Booted { envd_version } => Some(Ok(envd_version)),
+            FromGuest::Failed { message, .. } => Some(Err(message)),
+            FromGuest::Ready { .. } | FromGuest::Prepared { .. } => None,
         })
-        .await
+        .await?
+        .map_err(|message| ControlError::Failed { step: STEP, message })
     }
 
     /// Gives the guest its identity and waits until it serves; says its daemon's version.

@@ -14,12 +14,13 @@ use belljar_blockstore::{BaseImage, NbdServer, Overlay, SocketOwner};
 use belljar_daemon::{Scope, Teardown, clock};
 use belljar_domain::{BuildId, Kind, SandboxId};
 use belljar_network::{EgressPolicy, LeaseError};
+use belljar_runtime::control::{ControlError, GuestControl};
 use belljar_runtime::{DiskExport, Identity, Machine, MachineSpec, NetworkAttachment, StartError};
 use belljar_wire::guest::Init;
 
-use crate::guest::{GuestControl, GuestError};
+use crate::info::{CreateSandbox, SandboxInfo};
 use crate::ledger::{Entry, Ledger};
-use crate::registry::{CreateSandbox, Deps, SandboxInfo, Settings};
+use crate::settings::{Deps, Settings};
 use crate::template::{Template, TemplateMeta};
 
 /// Why a sandbox did not start. Nothing of it is left.
@@ -74,7 +75,7 @@ pub enum CreateError {
     Guest {
         /// Why.
         #[source]
-        source: GuestError,
+        source: ControlError,
     },
 }
 
@@ -92,7 +93,7 @@ impl CreateError {
             }
             CreateError::Io { .. } => Kind::Internal,
             CreateError::Machine { source } => source.kind(),
-            CreateError::Guest { .. } => Kind::Unavailable,
+            CreateError::Guest { source } => source.kind(),
         }
     }
 }
@@ -186,7 +187,7 @@ async fn acquire(
         Ok(ready) => ready,
         Err(source) => {
             if let Err(e) = machine.kill().await {
-                tracing::warn!(error = %e, "machine that never became ready was not removed whole");
+                undo.note_leak("machine", e.to_string());
             }
             return Err(CreateError::Guest { source });
         }
@@ -212,9 +213,8 @@ async fn become_sandbox(
     request: &CreateSandbox,
     meta: &TemplateMeta,
     settings: &Settings,
-) -> Result<(GuestControl, String), GuestError> {
-    let waiting_for = "opening it";
-    let stream = machine.take_control().ok_or(GuestError::Closed { waiting_for })?;
+) -> Result<(GuestControl, String), ControlError> {
+    let stream = machine.take_control().ok_or(ControlError::Closed)?;
     let mut control = GuestControl::new(stream);
     let version = control.init(guest_init(request, meta), settings.ready_deadline).await?;
     Ok((control, version))
@@ -239,7 +239,10 @@ fn enter_ledger(
         .write(&entry)
         .map_err(|source| CreateError::Io { step: "write the ledger entry", source })?;
     let (ledger, id) = (ledger.clone(), entry.sandbox_id);
-    undo.push("ledger entry", async move { ledger.remove(&id).map_err(|e| e.to_string()) });
+    undo.push_if_clean(
+        "ledger entry",
+        async move { ledger.remove(&id).map_err(|e| e.to_string()) },
+    );
     Ok(())
 }
 

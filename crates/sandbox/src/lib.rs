@@ -5,16 +5,16 @@
 //! was killed leaves ledger entries; [`Sandboxes::open`] reclaims every one of them.
 #![forbid(unsafe_code)]
 
-pub mod guest;
 pub mod template;
 
 mod boot;
+mod info;
 mod ledger;
 mod owner;
 mod registry;
+mod settings;
 
 pub use boot::CreateError;
-pub use registry::{
-    CreateSandbox, Deps, Ended, OpenError, Reclaimed, SandboxInfo, SandboxNotFound, Sandboxes,
-    Settings,
-};
+pub use info::{CreateSandbox, Ended, SandboxInfo};
+pub use registry::{OpenError, Reclaimed, SandboxNotFound, Sandboxes};
+pub use settings::{Deps, Settings};

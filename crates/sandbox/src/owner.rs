@@ -9,6 +9,7 @@ use belljar_daemon::{Scope, clock};
 use belljar_domain::lifecycle::{Effect, EndReason, Event, State, next};
 use belljar_domain::{SandboxId, UnixMillis};
 use belljar_runtime::ExitCause;
+use belljar_runtime::control::GuestControl;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
@@ -33,16 +34,16 @@ pub(crate) async fn own(
     end_at: watch::Sender<UnixMillis>,
     scope: &Scope,
 ) -> EndReason {
-    let Booted { mut machine, mut control, undo, info } = booted;
+    let Booted { mut machine, mut control, mut undo, info } = booted;
     let starting = State::Starting { end_at: info.end_at };
     let (mut state, _arm) =
         next(starting, Event::Started).expect("a starting sandbox may start: lifecycle table");
     let reason = loop {
+        let mut moved = None;
         let event = tokio::select! {
             command = commands.recv() => match command {
                 Some(Command::SetEnd(to, done)) => {
-                    // The receiver may have left; the move stands all the same.
-                    let _caller_gone = done.send(()).is_err();
+                    moved = Some(done);
                     Event::SetEnd(to)
                 }
                 Some(Command::Kill) => Event::End(EndReason::Killed),
@@ -53,13 +54,15 @@ pub(crate) async fn own(
                 log_exit(sandbox_id, &cause);
                 Event::End(EndReason::Crashed)
             }
-            () = control.drain() => Event::End(EndReason::Crashed),
+            () = closed(&mut control) => Event::End(EndReason::Crashed),
             () = scope.cancelled() => Event::End(EndReason::Shutdown),
         };
         match next(state, event) {
             Ok((to, Effect::Arm(at))) => {
                 state = to;
                 end_at.send_replace(at);
+                // The caller may have left; the move stands all the same.
+                let _caller_gone = moved.is_some_and(|done| done.send(()).is_err());
             }
             Ok((_, Effect::Teardown)) => {
                 let Event::End(reason) = event else {
@@ -75,7 +78,7 @@ pub(crate) async fn own(
     commands.close();
     drop(control);
     if let Err(e) = machine.kill().await {
-        warn!(%sandbox_id, error = %e, "machine was not removed whole");
+        undo.note_leak("machine", e.to_string());
     }
     drop(machine);
     let leaks = undo.run().await;
@@ -90,6 +93,12 @@ fn log_exit(sandbox_id: &SandboxId, cause: &ExitCause) {
             info!(%sandbox_id, ?cause, "machine stopped")
         }
     }
+}
+
+/// Ends when the guest's control channel does: closed, or used for something that is no message.
+/// What the guest says meanwhile answers nothing and is dropped. Cancel-safe.
+async fn closed(control: &mut GuestControl) {
+    while control.receive().await.is_ok() {}
 }
 
 /// Ends when the wall clock reaches `at`. Cancel-safe.

@@ -1,123 +1,28 @@
 //! Every sandbox on this host, and the door to them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::io;
-use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use belljar_blockstore::BaseImage;
 use belljar_daemon::{OnError, Scope};
-use belljar_domain::lifecycle::EndReason;
-use belljar_domain::{BuildId, ExecutionId, MiB, SandboxId, Secret, TemplateId, UnixMillis, Vcpus};
-use belljar_network::Slots;
-use belljar_runtime::Runtime;
+use belljar_domain::{BuildId, SandboxId, UnixMillis};
 use tokio::sync::{Semaphore, broadcast, mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::boot::{Booted, CreateError, ReadyTemplate, boot};
+use crate::info::{CreateSandbox, Ended, SandboxInfo};
 use crate::ledger::Ledger;
 use crate::owner::{Command, own};
+use crate::settings::{Deps, Settings};
 use crate::template::{Template, TemplateError, load_all};
 
 /// Commands that may wait for one owner.
 const COMMANDS_MAX: usize = 16;
 /// End notices a slow listener may fall behind by, before it must list again.
 const ENDED_MAX: usize = 4096;
-
-/// Where and how sandboxes live on this host.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    /// Told apart from other servers on this host by this, `[a-z0-9]`, at most 4 bytes.
-    pub host_tag: String,
-    /// Ledger entries.
-    pub ledger_dir: PathBuf,
-    /// Sockets and logs; every part of the path must be passable by the machines' users.
-    pub run_dir: PathBuf,
-    /// Private disk files.
-    pub overlay_dir: PathBuf,
-    /// Template folders.
-    pub templates_dir: PathBuf,
-    /// First user id for machine processes, one a network slot; `None` keeps the daemon's user.
-    pub machine_uid_base: Option<u32>,
-    /// Most sandboxes held at once.
-    pub sandboxes_max: usize,
-    /// Most sandboxes that start at once; more wait their turn.
-    pub starting_max: usize,
-    /// How long a restored guest may take to say it is ready.
-    pub ready_deadline: Duration,
-    /// How long one teardown step may take.
-    pub teardown_step_deadline: Duration,
-}
-
-/// What sandboxes are made with.
-#[derive(Clone)]
-pub struct Deps {
-    /// The isolation driver.
-    pub runtime: Arc<dyn Runtime>,
-    /// The network slots.
-    pub slots: Arc<dyn Slots>,
-}
-
-/// A sandbox to create.
-#[derive(Debug, Clone)]
-pub struct CreateSandbox {
-    /// Its id.
-    pub sandbox_id: SandboxId,
-    /// This run of it.
-    pub execution_id: ExecutionId,
-    /// Its template.
-    pub template_id: TemplateId,
-    /// The build to start from.
-    pub build_id: BuildId,
-    /// When it ends.
-    pub end_at: UnixMillis,
-    /// What callers of its guest daemon must show; `None` asks for nothing.
-    pub envd_access_token: Option<Secret<String>>,
-    /// Environment of every process in it.
-    pub env_vars: BTreeMap<String, String>,
-    /// Whether it may reach out.
-    pub allow_internet_access: bool,
-}
-
-/// A sandbox that runs.
-#[derive(Debug, Clone)]
-pub struct SandboxInfo {
-    /// Its id.
-    pub sandbox_id: SandboxId,
-    /// This run of it.
-    pub execution_id: ExecutionId,
-    /// Its template.
-    pub template_id: TemplateId,
-    /// The build it was started from.
-    pub build_id: BuildId,
-    /// Where the host reaches it, any port.
-    pub route_ip: Ipv4Addr,
-    /// When its start began.
-    pub started_at: UnixMillis,
-    /// When it ends.
-    pub end_at: UnixMillis,
-    /// Its processors.
-    pub vcpus: Vcpus,
-    /// Its memory.
-    pub memory: MiB,
-    /// Its disk.
-    pub disk: MiB,
-    /// Its guest daemon's version.
-    pub envd_version: String,
-}
-
-/// A sandbox that is gone.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ended {
-    /// Which.
-    pub sandbox_id: SandboxId,
-    /// Which run of it.
-    pub execution_id: ExecutionId,
-    /// Why.
-    pub reason: EndReason,
-}
 
 /// What an earlier server left and this one removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -185,6 +90,7 @@ struct Inner {
     scope: Scope,
     starting: Semaphore,
     templates: HashMap<BuildId, ReadyTemplate>,
+    unusable: Vec<Template>,
     ended: broadcast::Sender<Ended>,
     // Held for look-ups and single inserts only, never across a wait.
     entries: Mutex<HashMap<SandboxId, Entry>>,
@@ -222,13 +128,15 @@ impl Sandboxes {
         let ledger = Ledger::open(settings.ledger_dir.clone())
             .map_err(|source| OpenError::Dir { path: settings.ledger_dir.clone(), source })?;
         let reclaimed = reclaim(&ledger, &settings, &deps).await?;
-        let templates = load_templates(&settings.templates_dir)?;
+        let fingerprint = deps.runtime.fingerprint();
+        let (templates, unusable) = load_templates(&settings.templates_dir, &fingerprint)?;
         let inner = Inner {
             starting: Semaphore::new(settings.starting_max),
             deps,
             ledger,
             scope,
             templates,
+            unusable,
             ended: broadcast::channel(ENDED_MAX).0,
             entries: Mutex::new(HashMap::new()),
             settings,
@@ -239,6 +147,11 @@ impl Sandboxes {
     /// The templates this host can start sandboxes from.
     pub fn templates(&self) -> Vec<Template> {
         self.inner.templates.values().map(|ready| ready.template.clone()).collect()
+    }
+
+    /// Templates saved under another driver, version or tier: they must be built again.
+    pub fn unusable_templates(&self) -> &[Template] {
+        &self.inner.unusable
     }
 
     /// Starts a sandbox; answers once its guest is ready.
@@ -398,10 +311,19 @@ impl Inner {
     }
 }
 
-fn load_templates(dir: &Path) -> Result<HashMap<BuildId, ReadyTemplate>, OpenError> {
+/// The templates this driver can restore, and those it cannot.
+fn load_templates(
+    dir: &Path,
+    fingerprint: &str,
+) -> Result<(HashMap<BuildId, ReadyTemplate>, Vec<Template>), OpenError> {
     let templates = load_all(dir).map_err(|source| OpenError::Templates { source })?;
     let mut ready = HashMap::new();
+    let mut unusable = Vec::new();
     for template in templates {
+        if template.meta.fingerprint != fingerprint {
+            unusable.push(template);
+            continue;
+        }
         let base = BaseImage::open(&template.rootfs()).map_err(|source| OpenError::Disk {
             build_id: template.meta.build_id.clone(),
             source,
@@ -409,7 +331,7 @@ fn load_templates(dir: &Path) -> Result<HashMap<BuildId, ReadyTemplate>, OpenErr
         let build_id = template.meta.build_id.clone();
         ready.insert(build_id, ReadyTemplate { template, base: Arc::new(base) });
     }
-    Ok(ready)
+    Ok((ready, unusable))
 }
 
 /// Removes whatever the ledger names, then whatever lies in the folders without an entry.

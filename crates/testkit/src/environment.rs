@@ -48,9 +48,15 @@ pub struct Assets {
     pub envd: PathBuf,
 }
 
-/// The folder named by `BELLJAR_ASSETS`; `None` when unset or when a file is missing in it.
+/// The folder named by `BELLJAR_ASSETS`; `None` when unset.
+///
+/// # Panics
+/// When the folder lacks a file: whoever named it wants its tests run, not skipped.
 pub fn assets() -> Option<Assets> {
-    Assets::within(&PathBuf::from(variable(ASSETS_VARIABLE)?))
+    let folder = PathBuf::from(variable(ASSETS_VARIABLE)?);
+    let assets = Assets::within(&folder);
+    assert!(assets.is_some(), "{ASSETS_VARIABLE} names {}, which lacks a file", folder.display());
+    assets
 }
 
 impl Assets {

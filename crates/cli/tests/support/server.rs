@@ -34,7 +34,8 @@ impl Server {
         Server { child, ready }
     }
 
-    fn text(&self, field: &str) -> &str {
+    /// A text field of the readiness line.
+    pub fn text(&self, field: &str) -> &str {
         self.ready[field].as_str().expect("a text field")
     }
 
@@ -143,11 +144,15 @@ pub fn build_base(data: &Path, runtime: &str, kernel: &Path, rootfs: &Path) {
     assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
 }
 
-/// Files of sandboxes in a data folder.
-pub fn left_in(data: &Path) -> Vec<String> {
+/// Files of sandboxes of the server with this data folder and tag: in its folders there, and in
+/// its run folder, which root has elsewhere.
+pub fn left_in(data: &Path, tag: &str) -> Vec<String> {
+    let run = Path::new("/run/belljar").join(tag);
     ["ledger", "overlays", "run"]
         .iter()
-        .filter_map(|dir| std::fs::read_dir(data.join(dir)).ok())
+        .map(|dir| data.join(dir))
+        .chain([run])
+        .filter_map(|dir| std::fs::read_dir(dir).ok())
         .flatten()
         .map(|file| file.expect("a readable folder").path().display().to_string())
         .collect()

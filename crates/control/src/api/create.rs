@@ -98,9 +98,24 @@ fn closes_internet(network: &SandboxNetwork) -> Result<bool, ApiError> {
     }
 }
 
+/// Longest `NAME=value` a process can be started with, in bytes. Source: Linux `MAX_ARG_STRLEN`.
+const ENV_VAR_MAX_BYTES: usize = 128 << 10;
+/// Longest environment of a sandbox, in bytes. Escaped as JSON it can grow sixfold, and the line
+/// that carries it to the guest holds 4 MiB.
+const ENV_VARS_MAX_BYTES: usize = 512 << 10;
+
 /// Refuses what no process environment can hold.
 fn check_env_vars(env_vars: &BTreeMap<String, String>) -> Result<(), ApiError> {
+    let mut total_bytes: usize = 0;
     for (name, value) in env_vars {
+        let bytes = name.len() + value.len() + 2;
+        total_bytes = total_bytes.saturating_add(bytes);
+        if bytes > ENV_VAR_MAX_BYTES || total_bytes > ENV_VARS_MAX_BYTES {
+            return Err(ApiError::bad_request(format!(
+                "the field 'envVars' is too large: a variable holds {ENV_VAR_MAX_BYTES} bytes \
+                 and all of them {ENV_VARS_MAX_BYTES}"
+            )));
+        }
         if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
             return Err(ApiError::bad_request(format!(
                 "the field 'envVars' is not valid: {name:?} cannot be set in an environment"

@@ -1,8 +1,9 @@
 //! `GET /files`: the bytes of one file, whole or in part.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -147,7 +148,12 @@ enum Content {
 }
 
 fn open(path: PathBuf, range: Option<&str>, conditions: &Validators) -> Result<Found, Refusal> {
-    let mut file = File::open(&path).map_err(|error| refuse_open(&path, &error))?;
+    // Opening a pipe nobody writes to would wait for ever; it is refused below instead.
+    let mut file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(&path)
+        .map_err(|error| refuse_open(&path, &error))?;
     let failed = |error: io::Error| {
         Refusal::internal(format!("failed to read '{}': {error}", path.display()))
     };

@@ -1,8 +1,9 @@
 //! `POST /files`: writes the body, or each file of a multipart body, to disk as it arrives.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -230,7 +231,7 @@ fn stalled() -> Refusal {
 fn write_blocking(
     path: &Path,
     target: &Target,
-    mut pieces: mpsc::Receiver<Piece>,
+    pieces: mpsc::Receiver<Piece>,
 ) -> Result<Written, Refusal> {
     if path.is_dir() {
         return Err(Refusal::bad_request(format!("path '{}' is a directory", path.display())));
@@ -240,21 +241,39 @@ fn write_blocking(
         tree::make_dirs(parent, &target.user).map_err(|(at, error)| refuse(&at, &error))?;
     }
     let is_new = !path.exists();
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        // Opening a pipe nobody reads would wait for ever; it is refused below instead.
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+        .map_err(|error| refuse(path, &error))?;
+    let filled = fill(file, path, target, pieces);
+    if filled.is_err() && is_new {
+        // Half a new file would look like a whole one, and keep a full disk full.
+        let _ = std::fs::remove_file(path);
+    }
+    filled
+}
+
+fn fill(
+    mut file: File,
+    path: &Path,
+    target: &Target,
+    mut pieces: mpsc::Receiver<Piece>,
+) -> Result<Written, Refusal> {
     let refused = |error: io::Error| refuse(path, &error);
-    let mut file =
-        OpenOptions::new().write(true).create(true).truncate(true).open(path).map_err(refused)?;
+    if !file.metadata().map_err(refused)?.is_file() {
+        let message = format!("path '{}' is not a regular file", path.display());
+        return Err(Refusal::bad_request(message));
+    }
     tree::give(path, &target.user).map_err(refused)?;
     loop {
         match pieces.blocking_recv() {
             Some(Piece::Data(bytes)) => file.write_all(&bytes).map_err(refused)?,
             Some(Piece::End) => break,
-            None => {
-                // Half a new file would look like a whole one.
-                if is_new {
-                    let _ = std::fs::remove_file(path);
-                }
-                return Err(Refusal::bad_request("the upload was cut off"));
-            }
+            None => return Err(Refusal::bad_request("the upload was cut off")),
         }
     }
     file.flush().map_err(refused)?;
@@ -299,6 +318,10 @@ fn refuse(path: &Path, error: &io::Error) -> Refusal {
         }
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             Refusal::new(StatusCode::FORBIDDEN, format!("cannot write '{shown}': {error}"))
+        }
+        // A pipe without a reader, or a device without a driver.
+        _ if error.raw_os_error() == Some(libc::ENXIO) => {
+            Refusal::bad_request(format!("path '{shown}' is not a regular file"))
         }
         _ => Refusal::internal(format!("failed to write '{shown}': {error}")),
     }

@@ -1,0 +1,36 @@
+//! `cargo xtask bench`: ratios to the raw mechanism, and what the programs weigh.
+//!
+//! Nothing here is a test: the figures go to `docs/performance.md` with their conditions.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::command;
+use crate::places::Places;
+use crate::sdk_programs::SdkPrograms;
+use crate::server::Server;
+use crate::setup::{self, BuildKind, Goal, belljar_program};
+
+/// Nine rounds of one and three of ten, each twice, on an emulated CPU.
+const LIMIT: Duration = Duration::from_secs(900);
+
+/// `false` if a target was missed or the benchmark did not run.
+pub(crate) fn run(places: &Places, build: BuildKind) -> Result<bool> {
+    let goal = Goal { build, data: places.test_data() };
+    let _lock = places.lock()?;
+    setup::run(places, &goal)?;
+    let sdks = SdkPrograms::current(places)?;
+    let server = Server::start(places, &goal)?;
+    let mut bench = command::as_root(sdks.python());
+    bench.arg(places.root.join("bench/create.py"));
+    bench.arg("--belljar").arg(belljar_program(places, build));
+    bench.arg("--data-dir").arg(&goal.data).arg("--envd").arg(places.envd());
+    server.describe_to(&mut bench);
+    let result = command::run_streamed(bench, LIMIT, |line| println!("{line}"));
+    let stopped = server.stop();
+    for fault in &stopped.faults {
+        println!("{fault}");
+    }
+    Ok(result?.success() && stopped.faults.is_empty())
+}

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -264,7 +264,8 @@ fn fill(
     mut pieces: mpsc::Receiver<Piece>,
 ) -> Result<Written, Refusal> {
     let refused = |error: io::Error| refuse(path, &error);
-    if !file.metadata().map_err(refused)?.is_file() {
+    // Devices are fine to write to; a pipe would take as much as its reader likes.
+    if file.metadata().map_err(refused)?.file_type().is_fifo() {
         let message = format!("path '{}' is not a regular file", path.display());
         return Err(Refusal::bad_request(message));
     }

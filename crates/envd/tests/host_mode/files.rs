@@ -255,6 +255,20 @@ async fn a_full_disk_is_507() {
 }
 
 #[tokio::test]
+async fn a_pipe_is_refused_and_not_waited_for() {
+    let daemon = Daemon::start().await;
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let pipe = folder.path().join("pipe");
+    let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU);
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, kind, mode, 0).expect("a pipe");
+    let path = format!("/files?path={}", pipe.display());
+    let written = daemon.post(&path, OCTETS, "x").await;
+    assert_eq!(written.status.as_u16(), 400, "{:?}", written.body);
+    assert_eq!(daemon.get(&path).await.status.as_u16(), 400);
+    daemon.stop().await;
+}
+
+#[tokio::test]
 async fn files_of_unknown_size_are_read_to_their_end() {
     let daemon = Daemon::start().await;
     let answer = daemon.get("/files?path=/proc/self/status").await;

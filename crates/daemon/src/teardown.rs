@@ -2,7 +2,7 @@
 //!
 //! Push the undo before the thing can be lost:
 //!
-//! ```ignore
+//! ```text
 //! let slot = pool.lease().await?;
 //! undo.push("network slot", async move { pool.release(slot).await });
 //! ```

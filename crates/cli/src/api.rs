@@ -41,6 +41,11 @@ impl Target {
                 api_key: api_key.clone(),
             });
         }
+        Target::of_server(local)
+    }
+
+    /// The running server of this data folder and its key.
+    pub(crate) fn of_server(local: &Local) -> Result<Target> {
         let server = Server::read(local)?;
         let key_file = local.key_file();
         let api_key = std::fs::read_to_string(&key_file)

@@ -7,7 +7,7 @@ use std::process::{Command, ExitCode};
 use anyhow::Result;
 use belljar_domain::{MiB, Tier};
 use belljar_runtime::Runtime as _;
-use belljar_runtime::qemu::{QemuConfig, QemuRuntime};
+use belljar_runtime::qemu::{DetectError, QemuConfig, QemuRuntime, TierReason};
 use serde::Serialize;
 
 use crate::args::Doctor;
@@ -53,6 +53,10 @@ impl Check {
         Check { name: name.to_owned(), status: Status::Ok, detail: detail.into(), fix: None }
     }
 
+    fn fixed(name: &str, detail: impl Into<String>) -> Check {
+        Check { status: Status::Fixed, ..Check::ok(name, detail) }
+    }
+
     fn bad(name: &str, status: Status, detail: impl Into<String>, fix: impl Into<String>) -> Check {
         Check { name: name.to_owned(), status, detail: detail.into(), fix: Some(fix.into()) }
     }
@@ -61,12 +65,14 @@ impl Check {
 pub(crate) async fn run(local: &Local, options: &Doctor, as_json: bool) -> Result<ExitCode> {
     let mut checks = vec![check_root(local)];
     checks.push(check_programs(local, options.fix));
-    checks.push(check_isolation().await);
+    // Once: the driver times a small machine, which takes a second where KVM is of no use.
+    let driver = QemuRuntime::detect(QemuConfig::default()).await;
+    checks.push(check_isolation(&driver));
     checks.push(check_tun());
     checks.push(check_forwarding(local, options.fix));
     checks.push(check_disk(&local.data_dir));
     checks.extend(DEFAULT_PORTS.map(|port| check_port(local, port)));
-    checks.push(check_template(local).await);
+    checks.push(check_template(local, &driver));
     if as_json {
         output::json(&checks)?;
     } else {
@@ -134,19 +140,16 @@ fn check_programs(local: &Local, fix: bool) -> Check {
             .stdout(std::process::Stdio::null())
             .status();
         if installed.is_ok_and(|status| status.success()) && missing().next().is_none() {
-            return Check {
-                name: "programs".to_owned(),
-                status: Status::Fixed,
-                detail: format!("installed {}", packages.join(", ")),
-                fix: None,
-            };
+            return Check::fixed("programs", format!("installed {}", packages.join(", ")));
         }
     }
     Check::bad("programs", Status::Fail, format!("missing {}", why.join(", ")), command)
 }
 
-async fn check_isolation() -> Check {
-    match QemuRuntime::detect(QemuConfig::default()).await {
+type Driver = Result<(QemuRuntime, TierReason), DetectError>;
+
+fn check_isolation(driver: &Driver) -> Check {
+    match driver {
         Ok((_, reason)) if reason.tier == Tier::Microvm => {
             Check::ok("isolation", format!("microvm: {}", reason.sentence))
         }
@@ -187,12 +190,7 @@ fn check_forwarding(local: &Local, fix: bool) -> Check {
         return Check::ok("forwarding", "net.ipv4.ip_forward is 1");
     }
     if fix && local.is_root && std::fs::write(SWITCH, "1").is_ok() && on() {
-        return Check {
-            name: "forwarding".to_owned(),
-            status: Status::Fixed,
-            detail: "set net.ipv4.ip_forward to 1 until the next boot".to_owned(),
-            fix: None,
-        };
+        return Check::fixed("forwarding", "set net.ipv4.ip_forward to 1 until the next boot");
     }
     Check::bad(
         "forwarding",
@@ -247,11 +245,9 @@ fn check_port(local: &Local, port: u16) -> Check {
 }
 
 /// Whether there is a template, and whether this host's driver can restore it.
-async fn check_template(local: &Local) -> Check {
-    let fingerprint = match QemuRuntime::detect(QemuConfig::default()).await {
-        Ok((runtime, _)) => runtime.fingerprint(),
-        Err(_) => String::new(),
-    };
+fn check_template(local: &Local, driver: &Driver) -> Check {
+    let fingerprint =
+        driver.as_ref().map_or_else(|_| String::new(), |(qemu, _)| qemu.fingerprint());
     match belljar_sandbox::template::load_all(&local.templates_dir()) {
         Ok(templates) if templates.is_empty() => Check::bad(
             "template",

@@ -19,7 +19,7 @@ mod up;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use belljar_daemon::telemetry::{self, LogFormat};
 use clap::Parser as _;
 use serde::Serialize;
@@ -27,7 +27,6 @@ use serde::Serialize;
 use api::{SdkEnv, Target};
 use args::{Cli, Command, SandboxCommand, TemplateCommand};
 use preset::Local;
-use server_file::Server;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -119,15 +118,8 @@ struct Exports {
 }
 
 fn print_env(local: &Local, as_json: bool) -> Result<ExitCode> {
-    let server = Server::read(local)?;
-    let key_file = local.key_file();
-    let api_key = std::fs::read_to_string(&key_file)
-        .with_context(|| format!("failed to read {}", key_file.display()))?;
-    let exports = Exports {
-        api_key: api_key.trim().to_owned(),
-        api_url: server.api_url,
-        sandbox_url: server.sandbox_url,
-    };
+    let Target { api_key, api_url, sandbox_url } = Target::of_server(local)?;
+    let exports = Exports { api_key, api_url, sandbox_url };
     if as_json {
         output::json(&exports)?;
     } else {

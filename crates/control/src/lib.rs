@@ -18,7 +18,6 @@
 mod api;
 mod app;
 mod config;
-mod drain;
 mod keys;
 mod lifecycle;
 mod live;

@@ -11,8 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::body::Body;
+use belljar_daemon::drain::Drained;
 use belljar_daemon::{OnError, Scope};
-use http::{Request, Version, header};
+use http::Request;
 use hyper::body::Incoming;
 use hyper::rt::Executor;
 use hyper::service::service_fn;
@@ -27,7 +28,6 @@ use tracing::{debug, info, warn};
 use crate::api;
 use crate::app::{App, KeyMemory};
 use crate::config::{Config, Deps};
-use crate::drain::Drained;
 use crate::node::{Node, NodeCallError};
 use crate::reconcile::{self, ReconcileError};
 use crate::store::StoreError;
@@ -167,7 +167,7 @@ async fn connection(app: &App, router: axum::Router, stream: TcpStream, peer: So
     let asked = AtomicBool::new(false);
     let service = service_fn(|request: Request<Incoming>| {
         asked.store(true, Ordering::Relaxed);
-        router.clone().oneshot(with_drained_body(request, &app.scope))
+        router.clone().oneshot(Drained::of(request, app.scope.clone()).map(Body::new))
     });
     let mut builder = auto::Builder::new(Spawner(app.scope.clone()));
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIME);
@@ -200,17 +200,6 @@ async fn connection(app: &App, router: axum::Router, stream: TcpStream, peer: So
 fn log_end(peer: SocketAddr, error: Option<Box<dyn std::error::Error + Send + Sync>>) {
     if let Some(e) = error {
         debug!(%peer, error = %e, "connection broke");
-    }
-}
-
-/// HTTP/2 resets one stream; only HTTP/1.1 needs the rest of a body read. A client that waits for
-/// `100 Continue` sends nothing unless it is asked to.
-fn with_drained_body(request: Request<Incoming>, scope: &Scope) -> Request<Body> {
-    let waits = request.headers().contains_key(header::EXPECT);
-    if request.version() <= Version::HTTP_11 && !waits {
-        request.map(|body| Body::new(Drained::new(body, scope)))
-    } else {
-        request.map(Body::new)
     }
 }
 

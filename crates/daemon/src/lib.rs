@@ -2,8 +2,11 @@
 #![forbid(unsafe_code)]
 
 pub mod clock;
+#[cfg(feature = "drain")]
+pub mod drain;
 pub mod scope;
 pub mod teardown;
+#[cfg(feature = "telemetry")]
 pub mod telemetry;
 
 pub use scope::{OnError, Scope};

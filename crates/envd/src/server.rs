@@ -4,7 +4,12 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use axum::body::Body;
+use belljar_daemon::drain::Drained;
+use http::Request;
+use hyper::body::Incoming;
+use hyper::service::{Service as _, service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
 use rustix::net::sockopt;
@@ -84,15 +89,19 @@ fn serve_connection(state: &Arc<State>, socket: TcpStream, router: axum::Router)
     let mut incarnation = state.incarnation();
     let tasks = state.tasks.clone();
     state.tasks.spawn(async move {
-        let mut builder = auto::Builder::new(TokioExecutor::new());
+        let mut builder = auto::Builder::new(tasks.clone());
         builder
             .http1()
             .timer(TokioTimer::new())
             .header_read_timeout(IDLE_LIMIT)
             .max_buf_size(READ_MAX_BYTES);
         builder.http2().timer(TokioTimer::new());
-        let connection =
-            builder.serve_connection(TokioIo::new(socket), TowerToHyperService::new(router));
+        let router = TowerToHyperService::new(router);
+        // A handler that refuses an upload leaves the rest of it on the connection.
+        let service = service_fn(|request: Request<Incoming>| {
+            router.call(Drained::of(request, tasks.clone()).map(Body::new))
+        });
+        let connection = builder.serve_connection(TokioIo::new(socket), service);
         tokio::select! {
             // Errors here are a client's: it left, or sent no HTTP.
             _ = connection => {}

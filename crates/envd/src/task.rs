@@ -2,6 +2,7 @@
 
 use std::future::Future;
 
+use hyper::rt::Executor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -55,6 +56,13 @@ impl Group {
         self.stop.cancel();
         self.tasks.close();
         tokio::time::timeout(grace, self.tasks.wait()).await.is_ok()
+    }
+}
+
+/// Streams of HTTP/2, and the rests of request bodies.
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Group {
+    fn execute(&self, task: F) {
+        self.spawn(task);
     }
 }
 

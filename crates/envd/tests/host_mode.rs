@@ -2,6 +2,7 @@
 
 mod host_mode {
     pub(crate) mod client;
+    mod connection;
     mod files;
     mod http;
     mod process;

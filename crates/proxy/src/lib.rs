@@ -15,6 +15,7 @@ mod connect;
 mod downstream;
 mod headers;
 mod relay;
+mod request_body;
 mod routing;
 mod tunnel;
 mod upstream;

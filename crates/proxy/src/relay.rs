@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use belljar_daemon::OnError;
+use belljar_daemon::drain::Drained;
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, TRANSFER_ENCODING, UPGRADE};
 use http::request::Parts;
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
 use http_body::{Body, Frame, SizeHint};
-use http_body_util::{Either, Empty, Full};
+use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use tokio::time::Instant;
@@ -22,9 +23,10 @@ use crate::answers::{self, Failure};
 use crate::catalog::{InFlight, Route, Routes};
 use crate::downstream::{Downstream, Serving};
 use crate::headers;
+use crate::request_body::{ClientBody, GuestBody, Rests};
 use crate::routing::{self, Destination, ENVD_PORT, Misdirected};
 use crate::tunnel;
-use crate::upstream::{self, ExchangeError, GuestBody, Lease, Link, Protocol};
+use crate::upstream::{self, ExchangeError, Lease, Link, Protocol};
 
 /// The body of an answer: the guest's, streamed, or a text of our own.
 pub(crate) type AnswerBody = Either<Relayed, Full<Bytes>>;
@@ -42,7 +44,9 @@ pub(crate) async fn answer(
     downstream: Arc<Downstream>,
     request: Request<Incoming>,
 ) -> Result<Response<AnswerBody>, Infallible> {
-    let serving = downstream.begin(request.version());
+    let serving = Arc::new(downstream.begin(request.version()));
+    let scope = gateway.link.scope.clone();
+    let request = Drained::of(request, Rests { scope, serving: Arc::clone(&serving) });
     let started = Instant::now();
     let method = request.method().clone();
     let (sandbox, outcome) = direct(&gateway, &downstream, serving, request).await;
@@ -64,8 +68,8 @@ type Own = Response<Full<Bytes>>;
 async fn direct(
     gateway: &Gateway,
     downstream: &Arc<Downstream>,
-    serving: Serving,
-    request: Request<Incoming>,
+    serving: Arc<Serving>,
+    request: Request<ClientBody>,
 ) -> (Option<String>, Result<Response<AnswerBody>, Own>) {
     if request.method() == Method::CONNECT {
         return (None, Err(answers::connect_refused()));
@@ -100,14 +104,14 @@ struct Visit<'a> {
     downstream: &'a Arc<Downstream>,
     route: &'a Route,
     port: u64,
-    serving: Serving,
+    serving: Arc<Serving>,
 }
 
 impl Visit<'_> {
     async fn forward(
         self,
         mut parts: Parts,
-        body: Incoming,
+        body: ClientBody,
     ) -> Result<Response<AnswerBody>, Failure> {
         if self.port == u64::from(ENVD_PORT) && routing::is_internal(parts.uri.path()) {
             return Err(Failure::InternalRoute);
@@ -208,7 +212,7 @@ fn protocol(parts: &Parts) -> Protocol {
 
 fn guest_request(
     mut parts: Parts,
-    body: Incoming,
+    body: ClientBody,
     protocol: Protocol,
     downstream: &Downstream,
     upgrade: Option<HeaderValue>,
@@ -227,14 +231,15 @@ fn guest_request(
             Version::HTTP_2
         }
     };
-    if body.is_end_stream() {
-        return Request::from_parts(parts, Either::Right(Empty::new()));
-    }
+    let body = GuestBody::of(body);
     // hyper sends no body of unknown length with a GET unless told to.
-    if protocol == Protocol::Http1 && !parts.headers.contains_key(CONTENT_LENGTH) {
+    if protocol == Protocol::Http1
+        && !body.is_end_stream()
+        && !parts.headers.contains_key(CONTENT_LENGTH)
+    {
         parts.headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
-    Request::from_parts(parts, Either::Left(body))
+    Request::from_parts(parts, body)
 }
 
 /// Path and query; over HTTP/2 also the host, which has no header there.
@@ -257,7 +262,7 @@ pub(crate) struct Relayed {
     /// Taken when the body has been read to its end.
     lease: Option<Lease>,
     _in_flight: InFlight,
-    _serving: Serving,
+    _serving: Arc<Serving>,
 }
 
 impl Body for Relayed {

@@ -9,9 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use belljar_daemon::{OnError, Scope};
-use bytes::Bytes;
 use http::{Method, Request, Response};
-use http_body_util::{Either, Empty};
 use hyper::body::{Body as _, Incoming};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -21,6 +19,7 @@ use tracing::debug;
 
 use crate::catalog::Route;
 use crate::connect;
+use crate::request_body::GuestBody;
 use crate::routing::ENVD_PORT;
 use crate::server::{Config, ScopeExecutor};
 
@@ -38,9 +37,6 @@ const H2_STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const H2_CONNECTION_WINDOW_BYTES: u32 = 2 << 20;
 const H2_PING_INTERVAL: Duration = Duration::from_secs(30);
 const H2_PING_TIMEOUT: Duration = Duration::from_secs(15);
-
-/// The body of a request to a guest: the client's, or none at all.
-pub(crate) type GuestBody = Either<Incoming, Empty<Bytes>>;
 
 /// Which HTTP is spoken to the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,7 +86,16 @@ pub(crate) struct Lease {
 }
 
 enum LeaseKind {
-    Http1 { sender: http1::SendRequest<GuestBody>, route: Route, port: u16 },
+    Http1 {
+        sender: http1::SendRequest<GuestBody>,
+        route: Route,
+        port: u16,
+    },
+    /// The response came before the request had been sent. Its service may close the connection
+    /// instead of reading the rest, and nothing says so before the next request meets that.
+    Http1Once {
+        _sender: http1::SendRequest<GuestBody>,
+    },
     Http2,
 }
 
@@ -133,14 +138,20 @@ async fn exchange_http1(
     port: u16,
     mut request: Request<GuestBody>,
 ) -> Result<(Response<Incoming>, Lease), ExchangeError> {
+    let sent = request.body().sent();
+    let lease = |sender, usage| {
+        let kind = if sent.is_whole() {
+            LeaseKind::Http1 { sender, route: route.clone(), port }
+        } else {
+            LeaseKind::Http1Once { _sender: sender }
+        };
+        Lease { kind, usage }
+    };
     // Bounded by the pool: each turn takes a kept connection out.
     while let Some((mut sender, usage)) = route.pool().take(port, idle_limit(&link.config, port)) {
         let again = repeatable(&request);
         match sender.try_send_request(request).await {
-            Ok(response) => {
-                let kind = LeaseKind::Http1 { sender, route: route.clone(), port };
-                return Ok((response, Lease { kind, usage }));
-            }
+            Ok(response) => return Ok((response, lease(sender, usage))),
             // The service closed the connection it had kept for us.
             Err(mut failed) => match failed.take_message().or(again) {
                 Some(unsent) => request = unsent,
@@ -150,8 +161,7 @@ async fn exchange_http1(
     }
     let (mut sender, usage) = dial_http1(link, route, port).await?;
     let response = sender.send_request(request).await.map_err(ExchangeError::Broken)?;
-    let kind = LeaseKind::Http1 { sender, route: route.clone(), port };
-    Ok((response, Lease { kind, usage }))
+    Ok((response, lease(sender, usage)))
 }
 
 async fn exchange_http2(
@@ -180,7 +190,7 @@ fn repeatable(request: &Request<GuestBody>) -> Option<Request<GuestBody>> {
     if !safe || !request.body().is_end_stream() {
         return None;
     }
-    let mut copy = Request::new(Either::Right(Empty::new()));
+    let mut copy = Request::new(GuestBody::None);
     *copy.method_mut() = request.method().clone();
     *copy.uri_mut() = request.uri().clone();
     *copy.version_mut() = request.version();

@@ -27,8 +27,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("node", SANDBOX_AND_BELOW),
     ("builder", SANDBOX_AND_BELOW),
     ("cli", SERVICES_AND_BELOW),
-    // The guest daemon is small: only what crosses the wire, and the words for it.
-    ("envd", &["wire", "domain"]),
+    // The guest daemon is small: the ground, and of `daemon` only what its features leave out.
+    ("envd", GROUND),
     // For tests only, so it may see everything but the programs.
     ("testkit", SERVICES_AND_BELOW),
     ("xtask", &[]),
@@ -137,7 +137,8 @@ mod tests {
         assert_eq!(count(package("sandbox", &[("runtime", None), ("domain", None)])), 0);
         assert_eq!(count(package("runtime", &[("sandbox", None)])), 1);
         assert_eq!(count(package("control", &[("proxy", None)])), 1);
-        assert_eq!(count(package("envd", &[("daemon", None)])), 1);
+        assert_eq!(count(package("envd", &[("daemon", None)])), 0);
+        assert_eq!(count(package("envd", &[("runtime", None)])), 1);
         assert_eq!(count(package("cli", &[("envd", None)])), 1);
         assert_eq!(count(package("domain", &[("wire", Some("dev"))])), 1);
     }

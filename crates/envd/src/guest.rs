@@ -5,6 +5,7 @@ pub mod control;
 mod identity;
 mod mounts;
 mod network;
+mod outbox;
 
 use std::io;
 use std::path::Path;

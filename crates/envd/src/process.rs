@@ -2,6 +2,7 @@
 
 mod channel;
 mod input;
+pub(crate) mod log_tap;
 mod output;
 pub mod registry;
 pub mod service;

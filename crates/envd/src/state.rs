@@ -1,12 +1,13 @@
 //! Who this sandbox is and how its requests are treated: what an init message changes.
 
 use std::collections::BTreeMap;
-use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use belljar_domain::Secret;
 use subtle::ConstantTimeEq as _;
 use tokio::sync::watch;
 
+use crate::process::log_tap::LogTap;
 use crate::task;
 
 /// `PATH` of processes when nothing else sets it: what a Debian login gives root.
@@ -51,6 +52,8 @@ pub struct State {
     incarnation: watch::Sender<u64>,
     /// Every task of the daemon.
     pub tasks: task::Group,
+    /// Lines on their way to the host.
+    pub(crate) logs: Arc<LogTap>,
 }
 
 /// What an init message replaces.
@@ -111,6 +114,7 @@ impl State {
             settling: watch::Sender::new(false),
             incarnation: watch::Sender::new(0),
             tasks: task::Group::default(),
+            logs: Arc::default(),
         }
     }
 
@@ -140,6 +144,7 @@ impl State {
         identity.env_vars = new.env_vars;
         drop(identity);
         if other {
+            self.logs.clear();
             self.incarnation.send_modify(|count| *count += 1);
         }
     }

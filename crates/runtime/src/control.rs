@@ -1,18 +1,27 @@
 //! The host's end of the guest control channel: whole messages, matched answers, deadlines.
+//!
+//! The guest is hostile and its logs may never end: what it says is read at a pace that costs this
+//! host little, and the rest waits in the guest.
 
 use std::time::Duration;
 
 use belljar_domain::Kind;
-use belljar_wire::guest::{self, FromGuest, Init, LINE_MAX_BYTES, LineError, ToGuest};
+use belljar_wire::guest::{self, FROM_GUEST_LINE_MAX_BYTES, FromGuest, Init, LineError, ToGuest};
 use tokio::io::{AsyncWriteExt as _, ReadHalf, WriteHalf};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::lines::Lines;
 use crate::machine::ControlStream;
 
+/// What is read of a guest at once, and a second, bytes. A daemon of ours says a quarter of that at
+/// its busiest, spelled as JSON at its worst.
+const BURST_BYTES: u64 = 4 * 1024 * 1024;
+const BYTES_PER_SECOND: u64 = 2 * 1024 * 1024;
+
 /// Talks to the guest daemon over a [`ControlStream`].
 pub struct GuestControl {
     incoming: Lines<ReadHalf<ControlStream>>,
+    pace: Pace,
     outgoing: WriteHalf<ControlStream>,
 }
 
@@ -69,18 +78,26 @@ impl GuestControl {
     /// Takes over a machine's control stream.
     pub fn new(stream: ControlStream) -> GuestControl {
         let (incoming, outgoing) = tokio::io::split(stream);
-        GuestControl { incoming: Lines::new(incoming, LINE_MAX_BYTES), outgoing }
+        let incoming = Lines::new(incoming, FROM_GUEST_LINE_MAX_BYTES);
+        GuestControl { incoming, pace: Pace::new(), outgoing }
     }
 
-    /// The guest's next message. Cancel-safe.
+    /// The guest's next message. Waits longer for a guest that says too much. Cancel-safe.
     ///
     /// # Errors
     /// [`ControlError`]; after anything but a time-out the channel is of no more use.
     pub async fn receive(&mut self) -> Result<FromGuest, ControlError> {
-        match self.incoming.next().await {
-            Ok(Some(line)) => guest::decode(&line).map_err(|source| ControlError::Line { source }),
-            Ok(None) => Err(ControlError::Closed),
-            Err(source) => Err(ControlError::Io { source }),
+        loop {
+            sleep_until(self.pace.next_at()).await;
+            let line = match self.incoming.next().await {
+                Ok(Some(line)) => line,
+                Ok(None) => return Err(ControlError::Closed),
+                Err(source) => return Err(ControlError::Io { source }),
+            };
+            self.pace.count(line.len() + 1, Instant::now());
+            if !line.is_empty() {
+                return guest::decode(&line).map_err(|source| ControlError::Line { source });
+            }
         }
     }
 
@@ -112,7 +129,7 @@ impl GuestControl {
         self.answer(STEP, limit, |message| match message {
             FromGuest::Booted { envd_version } => Some(Ok(envd_version)),
             FromGuest::Failed { message, .. } => Some(Err(message)),
-            FromGuest::Ready { .. } | FromGuest::Prepared { .. } => None,
+            FromGuest::Ready { .. } | FromGuest::Prepared { .. } | FromGuest::Log { .. } => None,
         })
         .await?
         .map_err(|message| ControlError::Failed { step: STEP, message })
@@ -166,7 +183,8 @@ impl GuestControl {
         .map_err(|message| ControlError::Failed { step, message })
     }
 
-    /// Waits for the message `pick` takes; others answer something nobody waits for any more.
+    /// Waits for the message `pick` takes; others answer something nobody waits for any more, or
+    /// are logs of a guest that is not this sandbox yet.
     async fn answer<T>(
         &mut self,
         step: &'static str,
@@ -183,6 +201,32 @@ impl GuestControl {
             }
         }
     }
+}
+
+/// Spreads what is read of a guest over time.
+struct Pace {
+    /// When everything so far would have been read at the steady rate.
+    paid_at: Instant,
+}
+
+impl Pace {
+    fn new() -> Pace {
+        Pace { paid_at: Instant::now() }
+    }
+
+    /// When the next line may be read.
+    fn next_at(&self) -> Instant {
+        self.paid_at.checked_sub(time_of(BURST_BYTES)).unwrap_or(self.paid_at)
+    }
+
+    fn count(&mut self, bytes: usize, now: Instant) {
+        let cost = time_of(u64::try_from(bytes).unwrap_or(u64::MAX));
+        self.paid_at = self.paid_at.max(now) + cost;
+    }
+}
+
+fn time_of(bytes: u64) -> Duration {
+    Duration::from_micros(bytes.saturating_mul(1_000_000) / BYTES_PER_SECOND)
 }
 
 fn timed_out(step: &'static str, limit: Duration) -> ControlError {
@@ -210,6 +254,46 @@ mod tests {
         }
         let version = control.init(Init { nonce: 2, ..Init::default() }, LIMIT).await;
         assert_eq!(version.expect("the second answer matches"), "v2");
+    }
+
+    #[tokio::test]
+    async fn empty_lines_and_logs_of_nobody_are_passed_over() {
+        let (mut control, mut guest) = pair();
+        let log = FromGuest::Log { lines: Vec::new() };
+        let ready = FromGuest::Ready { nonce: 5, envd_version: "v".into() };
+        let said = [&b"\n"[..], &guest::encode(&log), b"\n\n", &guest::encode(&ready)].concat();
+        guest.write_all(&said).await.expect("room in the pipe");
+        let version = control.init(Init { nonce: 5, ..Init::default() }, LIMIT).await;
+        assert_eq!(version.expect("ready"), "v");
+    }
+
+    #[test]
+    fn a_guest_that_never_stops_is_read_at_a_steady_pace() {
+        let start = Instant::now();
+        let mut pace = Pace { paid_at: start };
+        let (mut now, mut heard) = (start, 0);
+        while now < start + Duration::from_secs(30) {
+            pace.count(100_000, now);
+            heard += 100_000;
+            // A flood: the next line is there whenever it may be read.
+            now = now.max(pace.next_at());
+        }
+        let fair = BURST_BYTES + 30 * BYTES_PER_SECOND;
+        assert!((fair - 200_000..fair + 200_000).contains(&heard), "{heard} bytes in 30 s");
+        // After a while of silence it may speak at once again, and has not saved up more than that.
+        let later = now + Duration::from_secs(3600);
+        pace.count(1, later);
+        assert!(pace.next_at() <= later);
+        assert!(pace.paid_at <= later + Duration::from_millis(1));
+    }
+
+    #[tokio::test]
+    async fn a_line_that_is_too_long_ends_the_channel() {
+        let (mut control, mut guest) = pair();
+        let long = vec![b'x'; FROM_GUEST_LINE_MAX_BYTES + 2];
+        let (said, heard) = tokio::join!(guest.write_all(&long), control.receive());
+        said.expect("it was taken");
+        assert!(matches!(heard, Err(ControlError::Io { .. })), "{heard:?}");
     }
 
     #[tokio::test]

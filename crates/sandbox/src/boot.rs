@@ -314,5 +314,6 @@ fn guest_init(request: &CreateSandbox, template: &TemplateMeta) -> Init {
         entropy_hex: hex::encode(entropy),
         default_user: None,
         default_workdir: None,
+        logs: true,
     }
 }

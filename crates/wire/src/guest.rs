@@ -2,12 +2,18 @@
 //!
 //! The channel is the only thing the host trusts to say "ready": it needs no network, survives a
 //! snapshot, and the guest pushes on it. A line is at most [`LINE_MAX_BYTES`]; a longer one, or one
-//! that does not parse, ends the channel, because the peer is hostile or broken.
+//! that does not parse, ends the channel, because the peer is hostile or broken. What a guest says
+//! is held to [`FROM_GUEST_LINE_MAX_BYTES`]. An empty line says nothing and is passed over: a guest
+//! that had to stop in the middle of a line ends it with a line feed before it goes on.
 //!
 //! Order: after a cold boot the guest sends [`FromGuest::Booted`]. After a boot or a restore the
 //! host sends [`ToGuest::Init`] and the guest answers [`FromGuest::Ready`] with the same nonce
 //! once it serves requests with the new identity. Before a snapshot the host sends
 //! [`ToGuest::PrepareSnapshot`] and waits for [`FromGuest::Prepared`].
+//!
+//! Logs: a guest that was told to by [`Init::logs`] sends [`FromGuest::Log`] between its answers,
+//! until it is told to prepare a snapshot: a saved guest is never in the middle of a line, and
+//! says nothing before its next `Init`.
 
 use std::collections::BTreeMap;
 
@@ -18,6 +24,15 @@ pub const PORT_NAME: &str = "belljar.control.1";
 
 /// Longest line either side accepts, in bytes, line feed included.
 pub const LINE_MAX_BYTES: usize = 4 * 1024 * 1024;
+
+/// Longest line a host accepts, in bytes. A guest's answers are short; its logs are cut to fit.
+pub const FROM_GUEST_LINE_MAX_BYTES: usize = 256 * 1024;
+
+/// Longest text of one log line, in bytes of UTF-8. A longer line of output becomes several.
+pub const LOG_TEXT_MAX_BYTES: usize = 4096;
+
+/// Longest name of a command in a log line, in bytes of UTF-8.
+pub const LOG_COMMAND_MAX_BYTES: usize = 256;
 
 /// What the host says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +71,8 @@ pub struct Init {
     pub default_user: Option<String>,
     /// The directory an empty path means; `None` keeps the current one.
     pub default_workdir: Option<String>,
+    /// Whether to send the output of processes as [`FromGuest::Log`] from now on.
+    pub logs: bool,
 }
 
 /// What the guest says.
@@ -86,6 +103,102 @@ pub enum FromGuest {
         /// What went wrong. Hostile text: never shown to clients.
         message: String,
     },
+    /// What processes said and did, oldest first.
+    Log {
+        /// At most as many as fit in a line.
+        lines: Vec<LogLine>,
+    },
+}
+
+/// One line of a process's output, or one event of its life. Hostile: every field is what the
+/// guest says it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLine {
+    /// When, by the guest's clock, milliseconds since the Unix epoch.
+    pub at_unix_ms: i64,
+    /// How bad.
+    pub level: LogLevel,
+    /// What it is about.
+    pub event: LogEvent,
+    /// The process; 0 when it is about none.
+    pub pid: u32,
+    /// Its program and arguments, cut to [`LOG_COMMAND_MAX_BYTES`].
+    pub command: String,
+    /// The line without its end, cut to [`LOG_TEXT_MAX_BYTES`].
+    pub text: String,
+    /// Whether the line was longer and goes on in the next one of the same process and stream.
+    pub cut: bool,
+}
+
+/// How bad, least first. The words are the REST API's.
+///
+/// Source: `contract/e2b-wire.md` section 1.2, SandboxLogEntry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogLevel {
+    /// For whoever looks for a fault.
+    Debug,
+    /// As it should be.
+    Info,
+    /// To be looked at.
+    Warn,
+    /// Wrong.
+    Error,
+}
+
+impl LogLevel {
+    /// Its word on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            LogLevel::Debug => "debug",
+            LogLevel::Info => "info",
+            LogLevel::Warn => "warn",
+            LogLevel::Error => "error",
+        }
+    }
+
+    /// The level a word names.
+    pub fn parse(word: &str) -> Option<LogLevel> {
+        let all = [LogLevel::Debug, LogLevel::Info, LogLevel::Warn, LogLevel::Error];
+        all.into_iter().find(|level| level.as_str() == word)
+    }
+}
+
+/// What a log line is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogEvent {
+    /// A line of standard output.
+    Stdout,
+    /// A line of standard error.
+    Stderr,
+    /// A line on a terminal.
+    Pty,
+    /// A process was started.
+    ProcessStart,
+    /// A process ended.
+    ProcessEnd,
+    /// Lines were left out, because they came faster than a log takes them.
+    Dropped,
+}
+
+impl LogEvent {
+    /// Its word on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            LogEvent::Stdout => "stdout",
+            LogEvent::Stderr => "stderr",
+            LogEvent::Pty => "pty",
+            LogEvent::ProcessStart => "process_start",
+            LogEvent::ProcessEnd => "process_end",
+            LogEvent::Dropped => "dropped",
+        }
+    }
+}
+
+/// The longest start of `text` that has at most `max_bytes` and ends between two characters.
+pub fn cut_text(text: &str, max_bytes: usize) -> &str {
+    text.get(..text.floor_char_boundary(max_bytes)).unwrap_or(text)
 }
 
 /// Why a line was not a message.
@@ -140,6 +253,68 @@ mod tests {
         let line = encode(&init);
         assert_eq!(line.iter().filter(|b| **b == b'\n').count(), 1);
         assert_eq!(decode::<ToGuest>(&line).expect("own line"), init);
+    }
+
+    fn log_line() -> LogLine {
+        LogLine {
+            at_unix_ms: 1_700_000_000_000,
+            level: LogLevel::Error,
+            event: LogEvent::Stderr,
+            pid: 7,
+            command: "/bin/sh -c x".into(),
+            text: "two\nlines".into(),
+            cut: false,
+        }
+    }
+
+    #[test]
+    fn logs_are_spelled_as_both_sides_know_them() {
+        let log = FromGuest::Log { lines: vec![log_line()] };
+        let line = encode(&log);
+        let text = String::from_utf8(line.clone()).expect("JSON is text");
+        assert_eq!(
+            text,
+            concat!(
+                r#"{"type":"log","lines":[{"at_unix_ms":1700000000000,"level":"error","#,
+                r#""event":"stderr","pid":7,"command":"/bin/sh -c x","text":"two\nlines","#,
+                r#""cut":false}]}"#,
+                "\n"
+            )
+        );
+        assert_eq!(decode::<FromGuest>(&line).expect("own line"), log);
+        let events = [
+            LogEvent::Stdout,
+            LogEvent::Stderr,
+            LogEvent::Pty,
+            LogEvent::ProcessStart,
+            LogEvent::ProcessEnd,
+            LogEvent::Dropped,
+        ];
+        for event in events {
+            let json = serde_json::to_string(&event).expect("a word");
+            assert_eq!(json, format!("\"{}\"", event.as_str()));
+        }
+        for word in ["debug", "info", "warn", "error"] {
+            let level = LogLevel::parse(word).expect("a level");
+            assert_eq!(serde_json::to_string(&level).expect("a word"), format!("\"{word}\""));
+        }
+        assert_eq!(LogLevel::parse("fatal"), None);
+        assert!(LogLevel::Debug < LogLevel::Info && LogLevel::Warn < LogLevel::Error);
+    }
+
+    /// A line with few bytes must not become a structure with many: fields are all required.
+    #[test]
+    fn a_log_line_without_its_fields_is_refused() {
+        let empty = br#"{"type":"log","lines":[{}]}"#;
+        assert!(matches!(decode::<FromGuest>(empty), Err(LineError::Malformed { .. })));
+    }
+
+    #[test]
+    fn texts_are_cut_between_characters() {
+        assert_eq!(cut_text("h\u{fc}h", 2), "h");
+        assert_eq!(cut_text("h\u{fc}h", 3), "h\u{fc}");
+        assert_eq!(cut_text("short", 100), "short");
+        assert_eq!(cut_text("\u{1f600}", 3), "");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! A thread of its own waits on the port, so that an init message right after a restore is
 //! answered whatever the rest of the daemon does. It waits for *edges*: a port whose host side is
 //! closed reports a hang-up all the time, and its reads return 0, but each change (data, the host
-//! coming back) wakes the waiter once.
+//! coming back) wakes the waiter once. Logs for the host wake it by an alarm of theirs.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -22,8 +22,10 @@ use rustix::process::Signal;
 use rustix::time::Timespec;
 
 use super::identity::{IdentityFiles, Names};
+use super::outbox::Outbox;
 use super::{IDENTITY_DIR, log_failure, reboot, set_clock};
 use crate::children;
+use crate::process::log_tap::LogTap;
 use crate::state::{NewIdentity, State};
 use crate::sys;
 
@@ -52,9 +54,10 @@ pub fn start(state: Arc<State>) -> io::Result<()> {
         .spawn(move || {
             let mut first = true;
             while let Some(path) = find_port(Path::new("/sys/class/virtio-ports")) {
-                let outcome = Port::open(&path).and_then(|mut port| {
+                let outcome = Port::open(&path, &state.logs).and_then(|mut port| {
                     if std::mem::take(&mut first) {
-                        port.say(&FromGuest::Booted { envd_version: ENVD_VERSION.to_owned() });
+                        port.outbox
+                            .say(&FromGuest::Booted { envd_version: ENVD_VERSION.to_owned() });
                     }
                     port.serve(&state)
                 });
@@ -99,36 +102,37 @@ struct Port {
     device: OwnedFd,
     edges: OwnedFd,
     lines: Lines,
-    outgoing: Vec<u8>,
+    outbox: Outbox,
     identity: IdentityFiles,
 }
 
 impl Port {
-    fn open(path: &Path) -> io::Result<Port> {
+    fn open(path: &Path, logs: &LogTap) -> io::Result<Port> {
         let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
         let device = rustix::fs::open(path, flags, Mode::empty())?;
         let edges = epoll::create(CreateFlags::CLOEXEC)?;
         let both_ways = EventFlags::IN | EventFlags::OUT | EventFlags::ET;
         epoll::add(&edges, &device, EventData::new_u64(0), both_ways)?;
+        epoll::add(&edges, logs.alarm()?, EventData::new_u64(1), EventFlags::IN | EventFlags::ET)?;
         let identity = IdentityFiles::new(Path::new(IDENTITY_DIR));
-        Ok(Port { device, edges, lines: Lines::default(), outgoing: Vec::new(), identity })
+        Ok(Port { device, edges, lines: Lines::default(), outbox: Outbox::default(), identity })
     }
 
     /// Obeys the host until the port is gone.
     fn serve(&mut self, state: &State) -> io::Result<()> {
         loop {
-            self.flush()?;
+            self.flush(&state.logs)?;
             let mut events = Vec::with_capacity(1);
             match epoll::wait(&self.edges, spare_capacity(&mut events), Some(&EDGE_LIMIT)) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
-            while let Some(more) = self.receive()? {
+            while let Some(more) = self.receive(&state.logs)? {
                 self.lines.push(&more);
                 while let Some(line) = self.lines.next() {
                     let Obeyed { answer, names } = obey(state, &line);
-                    self.say(&answer);
-                    self.flush()?;
+                    self.outbox.say(&answer);
+                    self.flush(&state.logs)?;
                     if let Some(names) = names {
                         log_failure("write the identity files", self.identity.write(names));
                         state.set_settling(false);
@@ -139,13 +143,15 @@ impl Port {
     }
 
     /// What has arrived; `None` when that was all.
-    fn receive(&mut self) -> io::Result<Option<Vec<u8>>> {
+    fn receive(&mut self, logs: &LogTap) -> io::Result<Option<Vec<u8>>> {
         let mut bytes = Vec::with_capacity(16 * 1024);
         loop {
             return match rustix::io::read(&self.device, spare_capacity(&mut bytes)) {
                 Ok(0) => {
-                    // The host is not there: half a line of the last one means nothing to the next.
+                    // The host is not there: half a line of the last one means nothing to the next,
+                    // and logs are for whoever listens.
                     self.lines.clear();
+                    logs.clear();
                     Ok(None)
                 }
                 Ok(_) => Ok(Some(bytes)),
@@ -156,21 +162,9 @@ impl Port {
         }
     }
 
-    fn say(&mut self, message: &FromGuest) {
-        self.outgoing.extend_from_slice(&guest::encode(message));
-    }
-
     /// Writes what the host takes now; the rest waits for the next edge.
-    fn flush(&mut self) -> io::Result<()> {
-        while !self.outgoing.is_empty() {
-            match rustix::io::write(&self.device, &self.outgoing) {
-                Ok(written) => drop(self.outgoing.drain(..written)),
-                Err(Errno::AGAIN) => return Ok(()),
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
+    fn flush(&mut self, logs: &LogTap) -> io::Result<()> {
+        Ok(self.outbox.flush(logs, |bytes| rustix::io::write(&self.device, bytes))?)
     }
 }
 
@@ -245,6 +239,7 @@ fn obey(state: &State, line: &[u8]) -> Obeyed {
         }
         Ok(ToGuest::PrepareSnapshot { nonce }) => {
             rustix::fs::sync();
+            state.logs.want(false);
             Obeyed::with(FromGuest::Prepared { nonce })
         }
         Ok(ToGuest::Shutdown) => {
@@ -289,6 +284,7 @@ fn initialise(state: &State, init: Init) -> Result<Names, InitError> {
         default_user: init.default_user,
         default_workdir: init.default_workdir,
     });
+    state.logs.want(init.logs);
     Ok(names)
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Each subscriber has a short queue. The process's output is read only as fast as the slowest
 //! subscriber takes it, so memory stays bounded; one that is gone is dropped. Output nobody
-//! listens to is lost.
+//! listens to is in the sandbox's log at most.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -11,6 +11,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use super::channel::Channel;
+use super::log_tap::LogStream;
 use crate::children::Ended;
 
 /// Pieces of output a subscriber may lag behind.
@@ -165,13 +166,14 @@ impl Hub {
         self.lock().end.is_some()
     }
 
-    /// Reads until the channel ends and gives every piece to every subscriber.
-    pub(super) async fn pump(&self, channel: &Channel, source: Source) {
+    /// Reads until the channel ends and gives every piece to every subscriber and to the log.
+    pub(super) async fn pump(&self, channel: &Channel, source: Source, mut log: LogStream) {
         let mut buffer = vec![0; source.piece_max_bytes()];
         loop {
             match channel.read(&mut buffer).await {
                 Ok(0) => return,
                 Ok(length) => {
+                    log.take(&buffer[..length]);
                     let piece = Bytes::copy_from_slice(&buffer[..length]);
                     self.publish(Event::Output(source.output(piece))).await;
                 }

@@ -193,10 +193,12 @@ async fn follow(
     deadline: Option<Instant>,
 ) {
     let (all_read, mut reading) = tokio::sync::mpsc::channel::<()>(1);
+    let log = registry.state.logs.process(process.pid, &process.config);
     for (channel, source) in sources {
         let (process, all_read) = (Arc::clone(&process), all_read.clone());
+        let log = log.stream(source);
         registry.state.tasks.spawn(async move {
-            process.hub.pump(&channel, source).await;
+            process.hub.pump(&channel, source, log).await;
             drop(all_read);
         });
     }
@@ -226,7 +228,9 @@ async fn follow(
         () = tokio::time::sleep(READ_AFTER_KILL), if killed => {}
         () = &mut past_deadline, if !overdue => {}
     }
-    let announced = process.hub.finish(End::new(ended));
+    let end = End::new(ended);
+    log.ended(&end);
+    let announced = process.hub.finish(end);
     process.ended.cancel();
     announced.await;
     tokio::time::sleep(KEPT_AFTER_END).await;

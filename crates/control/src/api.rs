@@ -4,6 +4,7 @@ mod auth;
 mod body;
 mod create;
 mod error;
+mod logs;
 mod page;
 mod query;
 mod sandboxes;
@@ -36,8 +37,8 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/sandboxes/{id}/refreshes", post(sandboxes::refresh))
         .route("/sandboxes/metrics", any(not_yet))
         .route("/sandboxes/{id}/metrics", any(not_yet))
-        .route("/sandboxes/{id}/logs", any(not_yet))
-        .route("/v2/sandboxes/{id}/logs", any(not_yet))
+        .route("/sandboxes/{id}/logs", get(logs::list_v1))
+        .route("/v2/sandboxes/{id}/logs", get(logs::list_v2))
         .route("/sandboxes/{id}/pause", any(not_yet))
         .route("/sandboxes/{id}/resume", any(not_yet))
         .route("/sandboxes/{id}/fork", any(not_yet))

@@ -9,10 +9,11 @@ use std::time::Duration;
 use belljar_domain::{
     BuildId, ExecutionId, Kind, MiB, SandboxId, Secret, TemplateId, UnixMillis, Vcpus,
 };
+use belljar_wire::rest::LogLevel;
 use belljar_wire::rpc::belljar::node::v1::{
     CreateSandboxRequest, KillSandboxRequest, ListSandboxesRequest, ListTemplatesRequest,
-    NodeServiceClient, SandboxInfo, SetSandboxEndRequest, TemplateInfo, WatchSandboxesRequest,
-    WatchSandboxesResponse,
+    NodeServiceClient, SandboxInfo, SandboxLogsRequest, SetSandboxEndRequest, TemplateInfo,
+    WatchSandboxesRequest, WatchSandboxesResponse,
 };
 use connectrpc::client::{
     CallOptions, ClientConfig, Http2Connection, ServerStream, SharedHttp2Connection,
@@ -85,6 +86,32 @@ pub(crate) struct Start<'a> {
     pub(crate) envd_access_token: Option<&'a Secret<String>>,
     pub(crate) env_vars: BTreeMap<String, String>,
     pub(crate) allow_internet: bool,
+}
+
+/// Which lines of a sandbox's log are wanted.
+#[derive(Debug)]
+pub(crate) struct LogsWanted {
+    /// Forward: at this time and later. Backward: before it. `None` is the end one reads from.
+    pub(crate) cursor: Option<UnixMillis>,
+    pub(crate) limit: u32,
+    pub(crate) backward: bool,
+    pub(crate) min_level: Option<LogLevel>,
+    /// Empty is everything.
+    pub(crate) search: String,
+}
+
+/// One line of a sandbox's log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LogEntry {
+    pub(crate) at: UnixMillis,
+    pub(crate) level: LogLevel,
+    pub(crate) event: String,
+    /// 0 when it is about no process.
+    pub(crate) pid: u32,
+    pub(crate) command: String,
+    pub(crate) text: String,
+    /// Whether it goes on in the next entry.
+    pub(crate) cut: bool,
 }
 
 /// One sandbox that is gone.
@@ -185,6 +212,30 @@ impl Node {
         Ok(())
     }
 
+    /// What the processes of a sandbox said, as far as the node keeps it.
+    pub(crate) async fn logs(
+        &self,
+        id: &SandboxId,
+        wanted: LogsWanted,
+    ) -> Result<Vec<LogEntry>, NodeCallError> {
+        let request = SandboxLogsRequest {
+            sandbox_id: id.to_string(),
+            cursor_unix_ms: wanted.cursor.map(|at| at.0),
+            limit: wanted.limit,
+            backward: wanted.backward,
+            min_level: wanted.min_level.map_or("", LogLevel::as_str).to_owned(),
+            search: wanted.search,
+            ..Default::default()
+        };
+        let answer = self
+            .client
+            .sandbox_logs_with_options(request, within(CALL_DEADLINE))
+            .await
+            .map_err(|source| NodeCallError { what: "read a sandbox's log", source })?
+            .into_owned();
+        Ok(answer.entries.into_iter().map(log_entry).collect())
+    }
+
     /// What the node can start sandboxes from. Unreadable ones are left out, with a warning.
     pub(crate) async fn templates(&self) -> Result<Vec<Template>, NodeCallError> {
         let answer = self
@@ -283,6 +334,19 @@ fn observed(info: &SandboxInfo) -> Result<Observed, String> {
         disk: MiB(info.disk_mib),
         envd_version: info.envd_version.clone(),
     })
+}
+
+fn log_entry(entry: belljar_wire::rpc::belljar::node::v1::LogEntry) -> LogEntry {
+    LogEntry {
+        at: UnixMillis(entry.at_unix_ms),
+        // A newer node may know more words; what it says is worth showing all the same.
+        level: LogLevel::parse(&entry.level).unwrap_or(LogLevel::Info),
+        event: entry.event,
+        pid: entry.pid,
+        command: entry.command,
+        text: entry.text,
+        cut: entry.cut,
+    }
 }
 
 fn template(info: TemplateInfo) -> Result<Template, String> {

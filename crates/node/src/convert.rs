@@ -2,7 +2,8 @@
 
 use belljar_domain::{IdError, Kind, Secret, UnixMillis};
 use belljar_sandbox::template::Template;
-use belljar_sandbox::{CreateSandbox, Ended, SandboxInfo};
+use belljar_sandbox::{CreateSandbox, Direction, Ended, LogEntry, LogQuery, SandboxInfo};
+use belljar_wire::guest::LogLevel;
 use belljar_wire::rpc::belljar::node::v1 as pb;
 use connectrpc::{ConnectError, ErrorCode};
 
@@ -56,6 +57,43 @@ pub(crate) fn sandbox_info(info: &SandboxInfo) -> pb::SandboxInfo {
         disk_mib: info.disk.0,
         envd_version: info.envd_version.clone(),
         ..pb::SandboxInfo::default()
+    }
+}
+
+/// Most entries of one answer, and longest text searched for, in characters.
+///
+/// Source: `contract/e2b-wire.md` sections 1.2 and 9.
+const LOG_ENTRIES_MAX: u32 = 1000;
+const SEARCH_MAX_CHARS: usize = 256;
+
+pub(crate) fn log_query(from: pb::SandboxLogsRequest) -> Result<LogQuery, ConnectError> {
+    let invalid = |message: &str| ConnectError::new(code(Kind::Invalid), message);
+    let min_level = match from.min_level.as_str() {
+        "" => LogLevel::Debug,
+        word => LogLevel::parse(word).ok_or_else(|| invalid("there is no such log level"))?,
+    };
+    if from.search.chars().count() > SEARCH_MAX_CHARS {
+        return Err(invalid("the text to search for is too long"));
+    }
+    Ok(LogQuery {
+        cursor: from.cursor_unix_ms.map(UnixMillis),
+        limit: usize::try_from(from.limit.min(LOG_ENTRIES_MAX)).unwrap_or_default(),
+        direction: if from.backward { Direction::Backward } else { Direction::Forward },
+        min_level,
+        search: from.search,
+    })
+}
+
+pub(crate) fn log_entry(entry: &LogEntry) -> pb::LogEntry {
+    pb::LogEntry {
+        at_unix_ms: entry.at.0,
+        level: entry.level.as_str().to_owned(),
+        event: entry.event.as_str().to_owned(),
+        pid: entry.pid,
+        command: entry.command.to_string(),
+        text: entry.text.to_string(),
+        cut: entry.cut,
+        ..pb::LogEntry::default()
     }
 }
 

@@ -16,7 +16,9 @@ use tokio_stream::wrappers::BroadcastStream;
 use tracing::error;
 
 use crate::Config;
-use crate::convert::{bad_id, code, create_request, ended, sandbox_info, template_info};
+use crate::convert::{
+    bad_id, code, create_request, ended, log_entry, log_query, sandbox_info, template_info,
+};
 
 /// The service behind the node's socket.
 pub(crate) struct Node {
@@ -92,6 +94,21 @@ impl pb::NodeService for Node {
         let id: SandboxId = request.sandbox_id.parse().map_err(|e| bad_id(&e))?;
         self.sandboxes.kill(&id).await.map_err(|e| missing(&e))?;
         Response::ok(pb::KillSandboxResponse::default())
+    }
+
+    async fn sandbox_logs(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, pb::SandboxLogsRequest>,
+    ) -> ServiceResult<pb::SandboxLogsResponse> {
+        let request = request.to_owned_message();
+        let id: SandboxId = request.sandbox_id.parse().map_err(|e| bad_id(&e))?;
+        let query = log_query(request)?;
+        let entries = self.sandboxes.logs(&id, &query).map_err(|e| missing(&e))?;
+        Response::ok(pb::SandboxLogsResponse {
+            entries: entries.iter().map(log_entry).collect(),
+            ..pb::SandboxLogsResponse::default()
+        })
     }
 
     async fn list_templates(

@@ -10,11 +10,13 @@ pub mod template;
 mod boot;
 mod info;
 mod ledger;
+mod log;
 mod owner;
 mod registry;
 mod settings;
 
 pub use boot::CreateError;
 pub use info::{CreateSandbox, Ended, SandboxInfo};
+pub use log::{Direction, LogEntry, LogQuery};
 pub use registry::{OpenError, Reclaimed, SandboxNotFound, Sandboxes};
 pub use settings::{Deps, Settings};

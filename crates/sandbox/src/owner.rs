@@ -10,10 +10,12 @@ use belljar_domain::lifecycle::{Effect, EndReason, Event, State, next};
 use belljar_domain::{SandboxId, UnixMillis};
 use belljar_runtime::ExitCause;
 use belljar_runtime::control::GuestControl;
+use belljar_wire::guest::FromGuest;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::boot::Booted;
+use crate::log::SandboxLog;
 
 /// What callers ask of a running sandbox.
 pub(crate) enum Command {
@@ -32,6 +34,7 @@ pub(crate) async fn own(
     booted: Booted,
     mut commands: mpsc::Receiver<Command>,
     end_at: watch::Sender<UnixMillis>,
+    log: &SandboxLog,
     scope: &Scope,
 ) -> EndReason {
     let Booted { mut machine, mut control, mut undo, info } = booted;
@@ -54,7 +57,7 @@ pub(crate) async fn own(
                 log_exit(sandbox_id, &cause);
                 Event::End(EndReason::Crashed)
             }
-            () = closed(&mut control) => Event::End(EndReason::Crashed),
+            () = closed(&mut control, log) => Event::End(EndReason::Crashed),
             () = scope.cancelled() => Event::End(EndReason::Shutdown),
         };
         match next(state, event) {
@@ -96,9 +99,14 @@ fn log_exit(sandbox_id: &SandboxId, cause: &ExitCause) {
 }
 
 /// Ends when the guest's control channel does: closed, or used for something that is no message.
-/// What the guest says meanwhile answers nothing and is dropped. Cancel-safe.
-async fn closed(control: &mut GuestControl) {
-    while control.receive().await.is_ok() {}
+/// Logs are kept; whatever else the guest says meanwhile answers nothing and is dropped.
+/// Cancel-safe.
+async fn closed(control: &mut GuestControl, log: &SandboxLog) {
+    while let Ok(message) = control.receive().await {
+        if let FromGuest::Log { lines } = message {
+            log.add(lines, clock::now());
+        }
+    }
 }
 
 /// Ends when the wall clock reaches `at`. Cancel-safe.

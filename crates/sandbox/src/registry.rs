@@ -15,6 +15,7 @@ use tracing::{info, warn};
 use crate::boot::{Booted, CreateError, ReadyTemplate, boot};
 use crate::info::{CreateSandbox, Ended, SandboxInfo};
 use crate::ledger::Ledger;
+use crate::log::{LogEntry, LogQuery, SandboxLog};
 use crate::owner::{Command, own};
 use crate::settings::{Deps, Settings};
 use crate::template::{Template, TemplateError, load_all};
@@ -108,6 +109,7 @@ struct Entry {
 struct Running {
     info: SandboxInfo,
     end_at: watch::Receiver<UnixMillis>,
+    log: SandboxLog,
 }
 
 impl Sandboxes {
@@ -219,6 +221,25 @@ impl Sandboxes {
         Ok(())
     }
 
+    /// What its processes said, as far as it is kept. It goes with the sandbox.
+    ///
+    /// # Errors
+    /// [`SandboxNotFound`] when it does not run here.
+    pub fn logs(
+        &self,
+        sandbox_id: &SandboxId,
+        query: &LogQuery,
+    ) -> Result<Vec<LogEntry>, SandboxNotFound> {
+        let log = self
+            .inner
+            .entries()
+            .get(sandbox_id)
+            .and_then(|entry| entry.running.as_ref())
+            .map(|running| running.log.clone());
+        let log = log.ok_or_else(|| SandboxNotFound { sandbox_id: sandbox_id.clone() })?;
+        Ok(log.read(query))
+    }
+
     /// Every end from now on. A receiver that lags must list again.
     pub fn watch(&self) -> broadcast::Receiver<Ended> {
         self.inner.ended.subscribe()
@@ -283,12 +304,14 @@ impl Inner {
             Ok(booted) => {
                 let info = booted.info.clone();
                 let (end_at, end_seen) = watch::channel(info.end_at);
+                let log = SandboxLog::default();
                 if let Some(entry) = self.entries().get_mut(&request.sandbox_id) {
-                    entry.running = Some(Running { info: info.clone(), end_at: end_seen });
+                    let (info, log) = (info.clone(), log.clone());
+                    entry.running = Some(Running { info, end_at: end_seen, log });
                 }
                 info!(sandbox_id = %request.sandbox_id, build_id = %request.build_id, "sandbox runs");
                 let _caller_gone = answer.send(Ok(info)).is_err();
-                own(&request.sandbox_id, booted, inbox, end_at, &self.scope).await
+                own(&request.sandbox_id, booted, inbox, end_at, &log, &self.scope).await
             }
         };
         self.entries().remove(&request.sandbox_id);

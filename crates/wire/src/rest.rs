@@ -4,11 +4,13 @@
 //! body repeats the HTTP status because clients read it there. Unknown fields in a request are
 //! ignored, an explicit `null` reads as "absent".
 
+mod log;
 mod sandbox;
 mod template;
 
 use serde::{Deserialize, Serialize};
 
+pub use log::{LogLevel, SandboxLog, SandboxLogEntry, SandboxLogs, SandboxLogsV2};
 pub use sandbox::{
     AutoResume, ConnectSandbox, ConnectSandboxV2, EgressProxy, EgressProxyTls, HeaderTransform,
     Iam, IamToken, Lifecycle, ListedSandbox, NetworkRule, NewSandbox, RefreshSandbox, Sandbox,

@@ -84,7 +84,12 @@ impl ApiError {
 
     /// The answer to a failed change of the sandbox the client calls `id`.
     pub(crate) fn of_end(error: &EndError, id: &str) -> Self {
-        match error.kind() {
+        Self::of_sandbox(error.kind(), error, id)
+    }
+
+    /// The answer to a failed request about the sandbox the client calls `id`.
+    pub(crate) fn of_sandbox(kind: Kind, error: &dyn std::error::Error, id: &str) -> Self {
+        match kind {
             Kind::NotFound => Self::no_sandbox(id),
             Kind::Internal => {
                 log(error);

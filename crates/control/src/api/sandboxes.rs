@@ -41,9 +41,9 @@ type Answer = Result<Response, ApiError>;
 
 /// The sandbox a path names. What is no id names no sandbox.
 pub(crate) struct Named {
-    id: SandboxId,
+    pub(crate) id: SandboxId,
     /// As the client spelled it, for error texts.
-    text: String,
+    pub(crate) text: String,
 }
 
 impl<S: Send + Sync> FromRequestParts<S> for Named {

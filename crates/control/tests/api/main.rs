@@ -2,4 +2,5 @@
 
 mod endpoints;
 mod faults;
+mod logs;
 mod support;

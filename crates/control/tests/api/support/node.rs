@@ -9,9 +9,10 @@ use belljar_daemon::{OnError, Scope, clock};
 use belljar_wire::rpc::belljar::node::v1::{
     CreateSandboxRequest, CreateSandboxResponse, DescribeRequest, DescribeResponse,
     KillSandboxRequest, KillSandboxResponse, ListSandboxesRequest, ListSandboxesResponse,
-    ListTemplatesRequest, ListTemplatesResponse, NodeService, NodeServiceExt as _, SandboxInfo,
-    SetSandboxEndRequest, SetSandboxEndResponse, TemplateInfo, WatchSandboxesRequest,
-    WatchSandboxesResponse, watch_sandboxes_response,
+    ListTemplatesRequest, ListTemplatesResponse, LogEntry, NodeService, NodeServiceExt as _,
+    SandboxInfo, SandboxLogsRequest, SandboxLogsResponse, SetSandboxEndRequest,
+    SetSandboxEndResponse, TemplateInfo, WatchSandboxesRequest, WatchSandboxesResponse,
+    watch_sandboxes_response,
 };
 use connectrpc::{
     ConnectError, ConnectRpcService, RequestContext, Response, Router, ServiceRequest,
@@ -47,6 +48,10 @@ pub(crate) struct State {
     /// While true, creates wait.
     pub(crate) hold_creates: watch::Sender<bool>,
     pub(crate) more_templates: Mutex<Vec<TemplateInfo>>,
+    /// The log of every sandbox.
+    pub(crate) log: Mutex<Vec<LogEntry>>,
+    /// Every question for it.
+    pub(crate) log_requests: Mutex<Vec<SandboxLogsRequest>>,
     ended: broadcast::Sender<watch_sandboxes_response::Ended>,
 }
 
@@ -59,6 +64,8 @@ impl FakeNode {
             end_at_once: Mutex::default(),
             hold_creates: watch::channel(false).0,
             more_templates: Mutex::default(),
+            log: Mutex::default(),
+            log_requests: Mutex::default(),
             ended: broadcast::channel(64).0,
         });
         FakeNode::serve(socket, state).await
@@ -242,6 +249,20 @@ impl NodeService for Service {
         let gone = gone.ok_or_else(|| ConnectError::not_found("it does not run here"))?;
         self.0.report(&gone, "killed");
         Response::ok(KillSandboxResponse::default())
+    }
+
+    async fn sandbox_logs(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, SandboxLogsRequest>,
+    ) -> ServiceResult<SandboxLogsResponse> {
+        let request = request.to_owned_message();
+        if !self.0.holds(&request.sandbox_id) {
+            return Err(ConnectError::not_found("it does not run here"));
+        }
+        self.0.log_requests.lock().expect("no panic holds it").push(request);
+        let entries = self.0.log.lock().expect("no panic holds it").clone();
+        Response::ok(SandboxLogsResponse { entries, ..Default::default() })
     }
 
     async fn list_templates(

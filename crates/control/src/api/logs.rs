@@ -1,0 +1,167 @@
+//! Logs of a sandbox. Source: contract sections 1.2 and 9.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::Json as JsonAnswer;
+use axum::extract::{RawQuery, State};
+use axum::response::{IntoResponse, Response};
+use belljar_daemon::clock;
+use belljar_domain::UnixMillis;
+use belljar_wire::rest;
+
+use super::auth::Caller;
+use super::error::ApiError;
+use super::query::Query;
+use super::sandboxes::Named;
+use super::shapes;
+use crate::app::App;
+use crate::node::{LogEntry, LogsWanted};
+use crate::team::Team;
+
+const MAX_LIMIT: u32 = 1000;
+const MAX_SEARCH_CHARS: usize = 256;
+
+/// What processes say goes by this name, and what the guest daemon says of the log by that one.
+const PROCESS_LOGGER: &str = "process";
+const DAEMON_LOGGER: &str = "envd";
+
+type Answer = Result<Response, ApiError>;
+
+pub(crate) async fn list_v1(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    named: Named,
+    RawQuery(query): RawQuery,
+) -> Answer {
+    let query = Query::parse(query.as_deref())?;
+    let wanted = LogsWanted {
+        cursor: time(&query, "start")?,
+        // Clients of this version were never told a limit.
+        limit: number(&query, "limit", u32::MAX)?.min(MAX_LIMIT),
+        backward: false,
+        min_level: None,
+        search: String::new(),
+    };
+    let entries = entries(&app, &team, &named, wanted).await?;
+    let log_entries: Vec<_> = entries.iter().map(entry).collect();
+    let logs = log_entries.iter().map(line).collect();
+    Ok(JsonAnswer(rest::SandboxLogs { logs, log_entries }).into_response())
+}
+
+pub(crate) async fn list_v2(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    named: Named,
+    RawQuery(query): RawQuery,
+) -> Answer {
+    let query = Query::parse(query.as_deref())?;
+    let wanted = LogsWanted {
+        cursor: time(&query, "cursor")?,
+        limit: number(&query, "limit", MAX_LIMIT)?,
+        backward: is_backward(&query)?,
+        min_level: query.get("level").map(level).transpose()?,
+        search: search(&query)?.to_owned(),
+    };
+    let entries = entries(&app, &team, &named, wanted).await?;
+    let logs = entries.iter().map(entry).collect();
+    Ok(JsonAnswer(rest::SandboxLogsV2 { logs }).into_response())
+}
+
+async fn entries(
+    app: &App,
+    team: &Team,
+    named: &Named,
+    wanted: LogsWanted,
+) -> Result<Vec<LogEntry>, ApiError> {
+    let sandbox = app
+        .live
+        .find(&named.id, &team.id, clock::now())
+        .ok_or_else(|| ApiError::no_sandbox(&named.text))?;
+    app.node
+        .logs(&sandbox.id, wanted)
+        .await
+        .map_err(|error| ApiError::of_sandbox(error.kind(), &error, &named.text))
+}
+
+fn time(query: &Query, name: &str) -> Result<Option<UnixMillis>, ApiError> {
+    let Some(text) = query.get(name) else { return Ok(None) };
+    match text.parse() {
+        Ok(unix_ms) if unix_ms >= 0 => Ok(Some(UnixMillis(unix_ms))),
+        _ => Err(ApiError::bad_request(format!(
+            "the parameter '{name}' must be a time in milliseconds since 1970"
+        ))),
+    }
+}
+
+fn number(query: &Query, name: &str, max: u32) -> Result<u32, ApiError> {
+    match query.get(name).map(str::parse) {
+        None => Ok(MAX_LIMIT),
+        Some(Ok(number)) if number <= max => Ok(number),
+        Some(_) => Err(ApiError::bad_request(format!(
+            "the parameter '{name}' must be a number from 0 to {max}"
+        ))),
+    }
+}
+
+fn is_backward(query: &Query) -> Result<bool, ApiError> {
+    match query.get("direction") {
+        None | Some("forward") => Ok(false),
+        Some("backward") => Ok(true),
+        Some(_) => {
+            Err(ApiError::bad_request("the parameter 'direction' must be forward or backward"))
+        }
+    }
+}
+
+fn level(word: &str) -> Result<rest::LogLevel, ApiError> {
+    rest::LogLevel::parse(word).ok_or_else(|| {
+        ApiError::bad_request("the parameter 'level' must be debug, info, warn or error")
+    })
+}
+
+fn search(query: &Query) -> Result<&str, ApiError> {
+    let text = query.get("search").unwrap_or_default();
+    if text.chars().count() > MAX_SEARCH_CHARS {
+        return Err(ApiError::bad_request(format!(
+            "the parameter 'search' may have at most {MAX_SEARCH_CHARS} characters"
+        )));
+    }
+    Ok(text)
+}
+
+fn entry(entry: &LogEntry) -> rest::SandboxLogEntry {
+    let is_of_process = entry.pid != 0;
+    let logger = if is_of_process { PROCESS_LOGGER } else { DAEMON_LOGGER };
+    let mut fields = BTreeMap::from([
+        ("logger".to_owned(), logger.to_owned()),
+        ("event_type".to_owned(), entry.event.clone()),
+    ]);
+    if is_of_process {
+        fields.insert("pid".to_owned(), entry.pid.to_string());
+        fields.insert("cmd".to_owned(), entry.command.clone());
+    }
+    if entry.cut {
+        fields.insert("continues".to_owned(), "true".to_owned());
+    }
+    rest::SandboxLogEntry {
+        timestamp: shapes::time(entry.at),
+        message: entry.text.clone(),
+        level: entry.level,
+        fields,
+    }
+}
+
+/// The same entry as one JSON object in a string: the official command line parses it, and takes
+/// `level`, `logger` and `message` for granted.
+fn line(entry: &rest::SandboxLogEntry) -> rest::SandboxLog {
+    let mut object = serde_json::Map::new();
+    object.insert("level".to_owned(), entry.level.as_str().into());
+    object.insert("message".to_owned(), entry.message.clone().into());
+    for (name, value) in &entry.fields {
+        object.insert(name.clone(), value.clone().into());
+    }
+    let line = serde_json::Value::Object(object).to_string();
+    rest::SandboxLog { timestamp: entry.timestamp, line }
+}

@@ -83,12 +83,19 @@ impl Api {
     }
 
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
-        let (status, body) = self.call(Method::GET, path, None).await?;
-        if status != StatusCode::OK {
-            return Err(refused(status, &body));
+        match self.call(Method::GET, path, None).await? {
+            (StatusCode::OK, body) => read(path, &body),
+            (status, body) => Err(refused(status, &body)),
         }
-        serde_json::from_slice(&body)
-            .with_context(|| format!("failed to read the answer to {path}"))
+    }
+
+    /// Reads what may be gone; `None` when it is.
+    pub(crate) async fn find<T: DeserializeOwned>(&self, path: &str) -> Result<Option<T>> {
+        match self.call(Method::GET, path, None).await? {
+            (StatusCode::OK, body) => read(path, &body).map(Some),
+            (StatusCode::NOT_FOUND, _) => Ok(None),
+            (status, body) => Err(refused(status, &body)),
+        }
     }
 
     /// Deletes; `false` when it was not there.
@@ -110,8 +117,7 @@ impl Api {
         if !status.is_success() {
             return Err(refused(status, &answer));
         }
-        serde_json::from_slice(&answer)
-            .with_context(|| format!("failed to read the answer to {path}"))
+        read(path, &answer)
     }
 
     async fn call(
@@ -147,6 +153,10 @@ impl Api {
             Err(_) => bail!("the server at {} gave no answer in {DEADLINE:?}", self.target.api_url),
         }
     }
+}
+
+fn read<T: DeserializeOwned>(path: &str, body: &[u8]) -> Result<T> {
+    serde_json::from_slice(body).with_context(|| format!("failed to read the answer to {path}"))
 }
 
 fn refused(status: StatusCode, body: &[u8]) -> anyhow::Error {

@@ -88,6 +88,19 @@ pub(crate) struct Doctor {
     pub(crate) fix: bool,
 }
 
+/// How bad a line is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LevelChoice {
+    /// Everything.
+    Debug,
+    /// Standard output too.
+    Info,
+    /// Processes that failed too.
+    Warn,
+    /// Standard error only.
+    Error,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum SandboxCommand {
     /// List running sandboxes.
@@ -100,6 +113,17 @@ pub(crate) enum SandboxCommand {
         /// Kill every one.
         #[arg(long, conflicts_with = "ids")]
         all: bool,
+    },
+    /// Print what the processes of a sandbox said, oldest first.
+    Logs {
+        /// The sandbox.
+        id: String,
+        /// Go on until the sandbox ends.
+        #[arg(long, short)]
+        follow: bool,
+        /// Leave out what is less bad.
+        #[arg(long, value_enum, default_value_t = LevelChoice::Debug)]
+        level: LevelChoice,
     },
     /// Run a command in a sandbox and exit with its code.
     Exec {

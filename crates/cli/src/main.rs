@@ -8,6 +8,7 @@ mod args;
 mod catalog;
 mod doctor;
 mod lock;
+mod logs;
 mod output;
 mod preset;
 mod sandbox;
@@ -71,6 +72,9 @@ async fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Sandbox(SandboxCommand::List) => sandbox::list(target()?, cli.json).await,
         Command::Sandbox(SandboxCommand::Kill { ids, all }) => {
             sandbox::kill(target()?, cli.json, ids, all).await
+        }
+        Command::Sandbox(SandboxCommand::Logs { id, follow, level }) => {
+            logs::print(target()?, cli.json, &id, follow, level).await
         }
         Command::Sandbox(SandboxCommand::Exec { id, user, cwd, command }) => {
             let exec = sandbox::Exec { id, user, cwd, command };

@@ -98,7 +98,7 @@ pub(crate) async fn kill(
 }
 
 /// Keeps a hostile or mistyped id inside its own path segment.
-fn path_segment(id: &str) -> String {
+pub(crate) fn path_segment(id: &str) -> String {
     id.bytes()
         .map(|b| match b {
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' => char::from(b).to_string(),

@@ -1,11 +1,17 @@
 //! The sandbox's file system: content over HTTP, everything else over RPC.
 
+mod changes;
+pub mod compose;
 pub mod download;
 pub mod entry;
+mod erase;
+mod form;
 mod gzip;
 mod metadata;
 pub mod path;
 mod ranges;
+mod reach;
+mod relocate;
 pub mod service;
 mod tree;
 pub mod upload;

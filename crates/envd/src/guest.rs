@@ -15,7 +15,7 @@ use rustix::time::{ClockId, Timespec};
 
 use crate::accounts::Accounts;
 use crate::children;
-use crate::state::{DEFAULT_PATH, Settings};
+use crate::state::{DEFAULT_PATH, Settings, UPLOAD_STALL_LIMIT};
 
 /// Where the sandbox's names lie for programs inside.
 ///
@@ -56,6 +56,7 @@ pub fn settings() -> Settings {
         default_user: user.to_owned(),
         default_workdir: None,
         access_token: None,
+        upload_stall_limit: UPLOAD_STALL_LIMIT,
     }
 }
 

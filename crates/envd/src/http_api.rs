@@ -23,7 +23,7 @@ use serde::Serialize;
 
 use crate::auth;
 use crate::files::service::FileService;
-use crate::files::{download, upload};
+use crate::files::{compose, download, upload};
 use crate::metrics::Meter;
 use crate::process::registry::Registry;
 use crate::process::service::ProcessService;
@@ -73,6 +73,10 @@ pub(crate) fn router(services: &Services) -> Router {
     let files = Router::new()
         .route("/files", get(download::get).post(upload::post))
         .layer(DefaultBodyLimit::disable())
+        .route(
+            "/files/compose",
+            post(compose::post).layer(DefaultBodyLimit::max(compose::BODY_MAX_BYTES)),
+        )
         .with_state(Arc::clone(&state));
     Router::new()
         .route("/health", get(health))

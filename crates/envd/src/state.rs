@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
 
 use belljar_domain::Secret;
 use subtle::ConstantTimeEq as _;
@@ -26,7 +27,12 @@ pub struct Settings {
     pub default_workdir: Option<String>,
     /// What `X-Access-Token` must say; `None` asks for none.
     pub access_token: Option<Secret<String>>,
+    /// How long the client of an upload may send nothing before the upload is cut.
+    pub upload_stall_limit: Duration,
 }
+
+/// A pause in sending that no working network makes, and that leaves a thread busy meanwhile.
+pub const UPLOAD_STALL_LIMIT: Duration = Duration::from_secs(120);
 
 impl Settings {
     /// Serves as `default_user` and leaves the machine alone.
@@ -37,6 +43,7 @@ impl Settings {
             default_user: default_user.into(),
             default_workdir: None,
             access_token: None,
+            upload_stall_limit: UPLOAD_STALL_LIMIT,
         }
     }
 }

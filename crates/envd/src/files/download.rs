@@ -1,9 +1,8 @@
 //! `GET /files`: the bytes of one file, whole or in part.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -24,7 +23,8 @@ use tokio::io::AsyncReadExt as _;
 use tokio_util::io::ReaderStream;
 
 use super::ranges::{self, Selection};
-use super::{FilesQuery, Refusal, authorise, entry, gzip, metadata, path};
+use super::{FilesQuery, Refusal, authorise, entry, gzip, metadata, path, reach};
+use crate::accounts::User;
 use crate::auth::Operation;
 use crate::state::State;
 use crate::task;
@@ -61,7 +61,7 @@ async fn download(
     let compress = wants_gzip(headers.get(ACCEPT_ENCODING), partial)?;
     let range = headers.get(RANGE).and_then(|value| value.to_str().ok()).map(str::to_owned);
     let validators = Validators::of(headers);
-    let found = task::blocking(move || open(path, range.as_deref(), &validators)).await??;
+    let found = task::blocking(move || open(path, &user, range.as_deref(), &validators)).await??;
     Ok(respond(found, compress))
 }
 
@@ -147,13 +147,13 @@ enum Content {
     Endless { first: Bytes, file: File },
 }
 
-fn open(path: PathBuf, range: Option<&str>, conditions: &Validators) -> Result<Found, Refusal> {
-    // Opening a pipe nobody writes to would wait for ever; it is refused below instead.
-    let mut file = OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(&path)
-        .map_err(|error| refuse_open(&path, &error))?;
+fn open(
+    path: PathBuf,
+    user: &User,
+    range: Option<&str>,
+    conditions: &Validators,
+) -> Result<Found, Refusal> {
+    let mut file = reach::open_to_read(&path, user).map_err(|error| refuse_open(&path, &error))?;
     let failed = |error: io::Error| {
         Refusal::internal(format!("failed to read '{}': {error}", path.display()))
     };
@@ -177,7 +177,7 @@ fn open(path: PathBuf, range: Option<&str>, conditions: &Validators) -> Result<F
             select(&mut file, range, size).map_err(failed)?
         }
     };
-    let metadata = metadata::read(&path);
+    let metadata = metadata::read(&file);
     Ok(Found { name: entry::name(&path), path, modified, metadata, size, content })
 }
 
@@ -188,8 +188,11 @@ fn refuse_open(path: &Path, error: &io::Error) -> Refusal {
         }
         io::ErrorKind::PermissionDenied => Refusal::new(
             StatusCode::FORBIDDEN,
-            format!("permission denied to read '{}'", path.display()),
+            format!("failed to read '{}': {error}", path.display()),
         ),
+        _ if matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENAMETOOLONG)) => {
+            Refusal::bad_request(format!("failed to read '{}': {error}", path.display()))
+        }
         _ => Refusal::internal(format!("failed to open '{}': {error}", path.display())),
     }
 }

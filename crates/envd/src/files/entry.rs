@@ -33,7 +33,7 @@ pub fn describe(path: &Path, accounts: &Accounts) -> io::Result<EntryInfo> {
         None => (FileType::FILE_TYPE_UNSPECIFIED, 0),
     };
     let metadata = match kind {
-        FileType::FILE_TYPE_FILE => metadata::read(path).into_iter().collect(),
+        FileType::FILE_TYPE_FILE => metadata::read_at(path).into_iter().collect(),
         _ => Default::default(),
     };
     let modified = Timestamp {

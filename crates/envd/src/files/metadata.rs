@@ -1,10 +1,13 @@
 //! A file's user metadata: extended attributes `user.e2b.*`, headers `X-Metadata-*`.
 
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io;
 use std::path::Path;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
+use xattr::FileExt as _;
 
 /// Header prefix, in the lower case HTTP libraries use.
 const HEADER_PREFIX: &str = "x-metadata-";
@@ -64,31 +67,48 @@ pub(super) fn to_headers(metadata: &BTreeMap<String, String>, headers: &mut Head
     }
 }
 
-/// Reads a file's metadata. A file system without attributes has none.
-pub(super) fn read(path: &Path) -> BTreeMap<String, String> {
+/// Reads an open file's metadata. A file system without attributes has none.
+pub(super) fn read(file: &File) -> BTreeMap<String, String> {
+    let names = file.list_xattr().into_iter().flatten();
+    collect(names, |name| file.get_xattr(name))
+}
+
+/// As [`read`], of what a path leads to.
+pub(super) fn read_at(path: &Path) -> BTreeMap<String, String> {
+    let names = xattr::list_deref(path).into_iter().flatten();
+    collect(names, |name| xattr::get_deref(path, name))
+}
+
+fn collect(
+    names: impl Iterator<Item = OsString>,
+    read: impl Fn(&OsStr) -> io::Result<Option<Vec<u8>>>,
+) -> BTreeMap<String, String> {
     let mut metadata = BTreeMap::new();
-    let Ok(names) = xattr::list_deref(path) else { return metadata };
     for name in names {
-        let Some(key) = name.to_str().and_then(|name| name.strip_prefix(ATTRIBUTE_PREFIX)) else {
-            continue;
-        };
-        if let Ok(Some(value)) = xattr::get_deref(path, &name) {
+        if let Some(key) = key(&name)
+            && let Ok(Some(value)) = read(&name)
+        {
             metadata.insert(key.to_owned(), String::from_utf8_lossy(&value).into_owned());
         }
     }
     metadata
 }
 
-/// Makes a file's metadata be exactly this.
+/// The metadata key an attribute holds; `None` for attributes of others.
+pub(super) fn key(attribute: &OsStr) -> Option<&str> {
+    attribute.to_str()?.strip_prefix(ATTRIBUTE_PREFIX).filter(|key| !key.is_empty())
+}
+
+/// Makes an open file's metadata be exactly this.
 ///
 /// # Errors
-/// As `setxattr(2)`; the file system may not have attributes.
-pub(super) fn replace(path: &Path, metadata: &BTreeMap<String, String>) -> io::Result<()> {
-    for key in read(path).keys().filter(|key| !metadata.contains_key(*key)) {
-        xattr::remove_deref(path, format!("{ATTRIBUTE_PREFIX}{key}"))?;
+/// As `fsetxattr(2)`; the file system may not have attributes.
+pub(super) fn replace(file: &File, metadata: &BTreeMap<String, String>) -> io::Result<()> {
+    for key in read(file).keys().filter(|key| !metadata.contains_key(*key)) {
+        file.remove_xattr(format!("{ATTRIBUTE_PREFIX}{key}"))?;
     }
     for (key, value) in metadata {
-        xattr::set_deref(path, format!("{ATTRIBUTE_PREFIX}{key}"), value.as_bytes())?;
+        file.set_xattr(format!("{ATTRIBUTE_PREFIX}{key}"), value.as_bytes())?;
     }
     Ok(())
 }

@@ -11,7 +11,13 @@ pub enum PathError {
     /// No file can have that name.
     #[error("path contains a NUL byte")]
     Nul,
+    /// The kernel takes none that long.
+    #[error("path has {0} bytes, more than {PATH_MAX_BYTES}")]
+    TooLong(usize),
 }
+
+/// Longest path, bytes: what the kernel takes, without its NUL.
+const PATH_MAX_BYTES: usize = 4095;
 
 /// Makes a path absolute and clean: relative ones and `~` start at the user's home, the empty one
 /// is the template's working directory, or the home when there is none.
@@ -19,14 +25,22 @@ pub enum PathError {
 /// Source: `contract/e2b-wire.md` section 2.1.
 ///
 /// # Errors
-/// [`PathError`] for another user's `~` and for NUL bytes.
+/// [`PathError`] for another user's `~`, for NUL bytes and for what is too long.
 pub fn resolve(path: &str, home: &Path, workdir: Option<&str>) -> Result<PathBuf, PathError> {
+    let path = expand(path, home, workdir)?;
+    match path.as_os_str().len() {
+        length if length > PATH_MAX_BYTES => Err(PathError::TooLong(length)),
+        _ => Ok(path),
+    }
+}
+
+fn expand(path: &str, home: &Path, workdir: Option<&str>) -> Result<PathBuf, PathError> {
     if path.contains('\0') {
         return Err(PathError::Nul);
     }
     if path.is_empty() {
         return match workdir {
-            Some(workdir) if !workdir.is_empty() => resolve(workdir, home, None),
+            Some(workdir) if !workdir.is_empty() => expand(workdir, home, None),
             _ => Ok(clean(home)),
         };
     }
@@ -94,5 +108,9 @@ mod tests {
         let home = Path::new("/home/user");
         assert_eq!(resolve("~root/x", home, None), Err(PathError::OtherHome("~root/x".to_owned())));
         assert_eq!(resolve("a\0b", home, None), Err(PathError::Nul));
+        let longest = format!("/{}", "d/".repeat(2047));
+        assert_eq!(resolve(&longest, home, None).map(|path| path.as_os_str().len()), Ok(4094));
+        let longer = "d/".repeat(2048);
+        assert_eq!(resolve(&longer, home, None), Err(PathError::TooLong(4106)));
     }
 }

@@ -92,8 +92,8 @@ impl Filesystem for FileService {
         ctx: RequestContext,
         request: ServiceRequest<'_, RemoveRequest>,
     ) -> ServiceResult<RemoveResponse> {
-        let (_, path) = self.resolve(&ctx, request.path)?;
-        run(move || tree::remove(&path)).await?;
+        let (user, path) = self.resolve(&ctx, request.path)?;
+        run(move || tree::remove(&path, &user)).await?;
         Response::ok(RemoveResponse::default())
     }
 
@@ -109,8 +109,9 @@ impl Filesystem for FileService {
             include_entry: request.include_entry,
             allow_network_mounts: request.allow_network_mounts,
         };
-        let changes = watch::open(wanted).await.map_err(watch_refusal)?;
-        Response::stream_ok(watch::stream(changes, keepalive(&ctx)))
+        let watching = self.watchers.open(&self.state.tasks, wanted).await;
+        let watching = watching.map_err(watch_refusal)?;
+        Response::stream_ok(watch::stream(watching, keepalive(&ctx)))
     }
 
     async fn create_watcher(
@@ -125,8 +126,8 @@ impl Filesystem for FileService {
             include_entry: request.include_entry,
             allow_network_mounts: request.allow_network_mounts,
         };
-        let changes = watch::open(wanted).await.map_err(watch_refusal)?;
-        let watcher_id = self.watchers.add(&self.state.tasks, changes).map_err(watch_refusal)?;
+        let watcher_id = self.watchers.add(&self.state.tasks, wanted).await;
+        let watcher_id = watcher_id.map_err(watch_refusal)?;
         Response::ok(CreateWatcherResponse { watcher_id, ..CreateWatcherResponse::default() })
     }
 
@@ -159,15 +160,28 @@ async fn run<T: Send + 'static>(
 fn tree_refusal(error: TreeError) -> ConnectError {
     match &error {
         TreeError::NotFound(_) => ConnectError::not_found(error.to_string()),
-        TreeError::Exists(_) => ConnectError::already_exists(error.to_string()),
-        TreeError::NotADirectory(_) => ConnectError::invalid_argument(error.to_string()),
-        TreeError::TooMany(_) => ConnectError::resource_exhausted(format!("failed to {error}")),
+        TreeError::Exists(_) | TreeError::NotEmpty(_) => {
+            ConnectError::already_exists(error.to_string())
+        }
+        TreeError::NotADirectory(_)
+        | TreeError::IsADirectory(_)
+        | TreeError::IntoItself(_)
+        | TreeError::Mounted { .. } => ConnectError::invalid_argument(error.to_string()),
+        TreeError::TooMany(_) => ConnectError::resource_exhausted(error.to_string()),
         TreeError::Io { source, .. } => {
+            use std::io::ErrorKind as Kind;
             let message = format!("failed to {error}: {source}");
             match source.kind() {
-                std::io::ErrorKind::PermissionDenied => ConnectError::permission_denied(message),
-                std::io::ErrorKind::StorageFull => ConnectError::resource_exhausted(message),
-                std::io::ErrorKind::InvalidInput | std::io::ErrorKind::InvalidFilename => {
+                Kind::PermissionDenied | Kind::ReadOnlyFilesystem => {
+                    ConnectError::permission_denied(message)
+                }
+                Kind::StorageFull | Kind::QuotaExceeded => {
+                    ConnectError::resource_exhausted(message)
+                }
+                Kind::InvalidInput | Kind::InvalidFilename => {
+                    ConnectError::invalid_argument(message)
+                }
+                _ if source.raw_os_error() == Some(libc::ELOOP) => {
                     ConnectError::invalid_argument(message)
                 }
                 _ => ConnectError::internal(message),
@@ -177,17 +191,21 @@ fn tree_refusal(error: TreeError) -> ConnectError {
 }
 
 fn watch_refusal(error: WatchError) -> ConnectError {
+    let message = error.to_string();
     match &error {
-        WatchError::NotFound(_) | WatchError::NoWatcher(_) => {
-            ConnectError::not_found(error.to_string())
-        }
+        WatchError::NotFound(_) | WatchError::NoWatcher(_) => ConnectError::not_found(message),
         WatchError::NotADirectory(_) | WatchError::NetworkMount(_) => {
-            ConnectError::invalid_argument(error.to_string())
+            ConnectError::invalid_argument(message)
         }
-        WatchError::TooMany => ConnectError::resource_exhausted(error.to_string()),
-        WatchError::Lost(_) => ConnectError::internal(error.to_string()),
+        WatchError::TooMany | WatchError::TooLarge(_) => ConnectError::resource_exhausted(message),
+        WatchError::Lost(_) => ConnectError::data_loss(message),
+        WatchError::JobLost(_) => ConnectError::internal(message),
         WatchError::Io { source, .. } => {
-            ConnectError::internal(format!("failed to {error}: {source}"))
+            let message = format!("failed to {message}: {source}");
+            match source.kind() {
+                std::io::ErrorKind::PermissionDenied => ConnectError::permission_denied(message),
+                _ => ConnectError::internal(message),
+            }
         }
     }
 }

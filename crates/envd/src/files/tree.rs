@@ -1,16 +1,20 @@
 //! Changes to the directory tree. Everything here blocks.
 
+use std::ffi::OsString;
 use std::io;
-use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 
 use belljar_wire::rpc::filesystem::EntryInfo;
+use rustix::fs::{AtFlags, StatxAttributes, StatxFlags};
+use rustix::io::Errno;
 
-use super::entry;
+use super::reach::{self, Last, Place};
+use super::{entry, erase, relocate};
 use crate::accounts::{Accounts, User};
 
-/// Most entries one listing may have: the answer is one message in memory.
-const LISTING_MAX_ENTRIES: usize = 500_000;
+/// Most entries one listing may have. The answer is one message, in memory with its JSON: about
+/// 1 KiB an entry.
+const LISTING_MAX_ENTRIES: usize = 100_000;
 
 /// Why an operation on the tree failed.
 #[derive(Debug, thiserror::Error)]
@@ -24,8 +28,25 @@ pub(super) enum TreeError {
     /// A file is where a directory is needed.
     #[error("path is not a directory: {}", .0.display())]
     NotADirectory(PathBuf),
+    /// A directory is where the moved file should be.
+    #[error("path is a directory: {}", .0.display())]
+    IsADirectory(PathBuf),
+    /// The destination of a move holds something.
+    #[error("directory is not empty: {}", .0.display())]
+    NotEmpty(PathBuf),
+    /// A directory cannot be moved below itself.
+    #[error("cannot move {} into itself", .0.display())]
+    IntoItself(PathBuf),
+    /// A file system is mounted there, or below.
+    #[error("cannot {operation} {}: a file system is mounted there or below", path.display())]
+    Mounted {
+        /// Verb.
+        operation: &'static str,
+        /// What.
+        path: PathBuf,
+    },
     /// A directory cannot be handled that large.
-    #[error("list {}: more than {LISTING_MAX_ENTRIES} entries", .0.display())]
+    #[error("more than {LISTING_MAX_ENTRIES} entries in {}: list less depth, or directories below it", .0.display())]
     TooMany(PathBuf),
     /// The kernel refused.
     #[error("{operation} {}", path.display())]
@@ -46,122 +67,153 @@ impl TreeError {
         move |source| match source.kind() {
             io::ErrorKind::NotFound => TreeError::NotFound(path),
             io::ErrorKind::NotADirectory => TreeError::NotADirectory(path),
+            io::ErrorKind::ResourceBusy => TreeError::Mounted { operation, path },
             _ => TreeError::Io { operation, path, source },
+        }
+    }
+
+    /// As `io`, for looking: what would be below a file is not there.
+    fn looking(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> TreeError {
+        let path = path.to_owned();
+        move |source| match source.kind() {
+            io::ErrorKind::NotADirectory => TreeError::NotFound(path),
+            _ => TreeError::io(operation, &path)(source),
         }
     }
 }
 
 /// Describes one entry.
 pub(super) fn stat(path: &Path) -> Result<EntryInfo, TreeError> {
-    entry::describe(path, &Accounts::load()).map_err(TreeError::io("look at", path))
+    entry::describe(path, &Accounts::load()).map_err(TreeError::looking("look at", path))
 }
 
 /// Makes a directory and those above it, owned by `user`.
 pub(super) fn make_dir(path: &Path, user: &User) -> Result<EntryInfo, TreeError> {
-    match std::fs::metadata(path) {
-        Ok(metadata) if metadata.is_dir() => return Err(TreeError::Exists(path.to_owned())),
-        Ok(_) => return Err(TreeError::NotADirectory(path.to_owned())),
-        Err(_) => {}
+    let failed = || TreeError::io("make the directory", path);
+    let existing = |path: &Path| match std::fs::metadata(path) {
+        Ok(there) if there.is_dir() => TreeError::Exists(path.to_owned()),
+        // Also a link that leads nowhere.
+        _ => TreeError::NotADirectory(path.to_owned()),
+    };
+    let mut place = reach::reach(path, user, Last::Keep).map_err(failed())?;
+    if place.stat().map_err(|error| failed()(error.into()))?.is_some() {
+        return Err(existing(path));
     }
-    make_dirs(path, user).map_err(|(at, source)| match source.kind() {
-        io::ErrorKind::AlreadyExists => TreeError::NotADirectory(at),
-        _ => TreeError::io("make the directory", &at)(source),
-    })?;
+    place.make_missing(user).map_err(failed())?;
+    if !place.make_dir(user).map_err(failed())? {
+        return Err(existing(path));
+    }
     stat(path)
 }
 
-/// Makes the directories of `path` that are missing, owned by `user`. Names the one that failed.
-pub(super) fn make_dirs(path: &Path, user: &User) -> Result<(), (PathBuf, io::Error)> {
-    let missing: Vec<&Path> = path.ancestors().take_while(|above| !above.is_dir()).collect();
-    for dir in missing.into_iter().rev() {
-        let outcome = match std::fs::create_dir(dir) {
-            // Someone else made it meanwhile, which serves as well.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
-            Err(error) => Err(error),
-            Ok(()) => give(dir, user),
-        };
-        outcome.map_err(|error| (dir.to_owned(), error))?;
-    }
-    Ok(())
-}
-
-/// Makes `user` the owner, unless it is already.
-pub(super) fn give(path: &Path, user: &User) -> io::Result<()> {
-    use std::os::unix::fs::MetadataExt as _;
-    let metadata = std::fs::metadata(path)?;
-    if (metadata.uid(), metadata.gid()) == (user.uid, user.gid) {
-        return Ok(());
-    }
-    chown(path, Some(user.uid), Some(user.gid))
-}
-
-/// Renames; what is at the destination and can be replaced by a rename is.
+/// Renames, to another file system too; what is at the destination and can be replaced by a
+/// rename is. Directories missing above the destination are made, owned by `user`.
 pub(super) fn rename(from: &Path, to: &Path, user: &User) -> Result<EntryInfo, TreeError> {
-    std::fs::symlink_metadata(from).map_err(TreeError::io("look at", from))?;
-    if let Some(parent) = to.parent() {
-        make_dirs(parent, user)
-            .map_err(|(at, source)| TreeError::io("make the directory", &at)(source))?;
+    let source =
+        reach::reach(from, user, Last::Keep).map_err(TreeError::looking("look at", from))?;
+    let there = source.stat().map_err(|error| TreeError::looking("look at", from)(error.into()))?;
+    if there.is_none() {
+        return Err(TreeError::NotFound(from.to_owned()));
     }
-    std::fs::rename(from, to).map_err(TreeError::io("move to", to))?;
+    if to != from && to.starts_with(from) {
+        return Err(TreeError::IntoItself(from.to_owned()));
+    }
+    let mut target = reach::reach(to, user, Last::Keep).map_err(TreeError::io("move to", to))?;
+    target.make_missing(user).map_err(TreeError::io("make a directory for", to))?;
+    let renamed = source
+        .stricter(&target)
+        .act(|| rustix::fs::renameat(&source.dir, &source.name, &target.dir, &target.name));
+    let outcome = match renamed {
+        Err(Errno::XDEV) => relocate::relocate(&source, &target),
+        outcome => outcome.map_err(|error| source.stricter(&target).explain(error)),
+    };
+    outcome.map_err(|error| match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::ISDIR) => TreeError::IsADirectory(to.to_owned()),
+        Some(Errno::NOTEMPTY | Errno::EXIST) => TreeError::NotEmpty(to.to_owned()),
+        Some(Errno::INVAL) => TreeError::IntoItself(from.to_owned()),
+        Some(Errno::BUSY) => TreeError::Mounted { operation: "move", path: from.to_owned() },
+        _ => TreeError::io("move to", to)(error),
+    })?;
     stat(to)
 }
 
 /// Removes whatever is there, with everything below; nothing there is fine.
-pub(super) fn remove(path: &Path) -> Result<(), TreeError> {
-    let outcome = match std::fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.is_dir() => std::fs::remove_dir_all(path),
-        Ok(_) => std::fs::remove_file(path),
-        Err(error) => Err(error),
-    };
+pub(super) fn remove(path: &Path, user: &User) -> Result<(), TreeError> {
+    let outcome = reach::reach(path, user, Last::Keep).and_then(|place| {
+        if is_mount(&place) {
+            return Err(Errno::BUSY.into());
+        }
+        erase::erase(&place).map_err(|error| place.explain(error))
+    });
     match outcome.map_err(TreeError::io("remove", path)) {
         Err(TreeError::NotFound(_)) => Ok(()),
         outcome => outcome,
     }
 }
 
+/// Whether a file system is mounted on the name itself. The root always is one.
+fn is_mount(place: &Place) -> bool {
+    let flags = AtFlags::SYMLINK_NOFOLLOW;
+    place.name == "."
+        || rustix::fs::statx(&place.dir, &place.name, flags, StatxFlags::empty())
+            .is_ok_and(|statx| statx.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
+}
+
 /// Lists a directory, `depth` levels deep, a directory before what it holds, names in byte order.
-/// Links are listed, not followed, except the directory itself.
+/// Links are listed, not followed, except the directory itself. What disappears meanwhile, what
+/// may not be read, and what is nested deeper than a path can say is left out, but not the
+/// directory itself. Names that are not UTF-8 are shown with replacement characters.
 pub(super) fn list(path: &Path, depth: u32) -> Result<Vec<EntryInfo>, TreeError> {
-    let metadata = std::fs::metadata(path).map_err(TreeError::io("look at", path))?;
-    if !metadata.is_dir() {
+    let looked = TreeError::looking("look at", path);
+    if !std::fs::metadata(path).map_err(looked)?.is_dir() {
         return Err(TreeError::NotADirectory(path.to_owned()));
     }
     let accounts = Accounts::load();
     let mut entries = Vec::new();
-    list_into(path, depth.max(1), &accounts, &mut entries)?;
-    Ok(entries)
-}
-
-fn list_into(
-    path: &Path,
-    depth: u32,
-    accounts: &Accounts,
-    entries: &mut Vec<EntryInfo>,
-) -> Result<(), TreeError> {
-    let read = std::fs::read_dir(path).map_err(TreeError::io("list", path))?;
-    let mut children = Vec::new();
-    for child in read {
-        let child = child.map_err(TreeError::io("list", path))?;
-        let is_dir = child.file_type().is_ok_and(|kind| kind.is_dir());
-        children.push((child.file_name(), is_dir));
-    }
-    children.sort();
-    for (name, is_dir) in children {
-        let child = path.join(name);
-        // What disappears while it is being listed is left out.
-        let Ok(entry) = entry::describe(&child, accounts) else { continue };
+    let mut levels = vec![Level::read(path).map_err(TreeError::io("list", path))?];
+    while let Some(level) = levels.last_mut() {
+        let Some((name, is_dir)) = level.children.next() else {
+            levels.pop();
+            continue;
+        };
+        let child = level.path.join(name);
+        let Ok(entry) = entry::describe(&child, &accounts) else { continue };
         if entries.len() >= LISTING_MAX_ENTRIES {
             return Err(TreeError::TooMany(path.to_owned()));
         }
         entries.push(entry);
-        if is_dir && depth > 1 {
-            match list_into(&child, depth - 1, accounts, entries) {
-                Err(TreeError::NotFound(_)) => {}
-                outcome => outcome?,
-            }
+        if is_dir
+            && u32::try_from(levels.len()).is_ok_and(|level| level < depth)
+            && let Ok(below) = Level::read(&child)
+        {
+            levels.push(below);
         }
     }
-    Ok(())
+    Ok(entries)
+}
+
+/// A directory being listed.
+struct Level {
+    path: PathBuf,
+    /// Names, and whether each is a directory.
+    children: std::vec::IntoIter<(OsString, bool)>,
+}
+
+impl Level {
+    fn read(path: &Path) -> io::Result<Level> {
+        let mut children = Vec::new();
+        for child in std::fs::read_dir(path)? {
+            // One more than is listed anyway: the listing will say so.
+            if children.len() > LISTING_MAX_ENTRIES {
+                break;
+            }
+            let child = child?;
+            let is_dir = child.file_type().is_ok_and(|kind| kind.is_dir());
+            children.push((child.file_name(), is_dir));
+        }
+        children.sort();
+        Ok(Level { path: path.to_owned(), children: children.into_iter() })
+    }
 }
 
 #[cfg(test)]
@@ -213,8 +265,8 @@ mod tests {
         let missing = rename(&root.join("f"), &root.join("g"), &me());
         assert!(matches!(missing, Err(TreeError::NotFound(_))));
 
-        remove(&root.join("x")).expect("removed");
-        remove(&root.join("x")).expect("removing nothing is fine");
+        remove(&root.join("x"), &me()).expect("removed");
+        remove(&root.join("x"), &me()).expect("removing nothing is fine");
         assert!(!root.join("x").exists());
     }
 }

@@ -1,45 +1,45 @@
-//! Watching directories, by the kernel's inotify: one event a change, named below the directory.
+//! Watching directories: streams of changes, and watchers whose changes are fetched by polling.
+//!
+//! Each watch has a task that takes changes from the kernel, on a thread that may block, and hands
+//! them on through a bounded queue. A client that does not take them holds that task up, then the
+//! kernel's own queue fills; when that overflows, the watch ends and says so. Nothing is lost in
+//! silence. A stream's watch ends when its client leaves.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use belljar_wire::rpc::filesystem::watch_dir_response::{
     Event as WireEvent, KeepAlive, StartEvent,
 };
-use belljar_wire::rpc::filesystem::{EventType, FilesystemEvent, WatchDirResponse};
+use belljar_wire::rpc::filesystem::{FilesystemEvent, WatchDirResponse};
 use connectrpc::ConnectError;
 use futures::stream::{self, Stream, StreamExt as _};
-use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
-use rustix::io::Errno;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio_util::sync::CancellationToken;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use super::entry;
-use crate::accounts::Accounts;
+use super::changes::{self, Left, Watched};
 use crate::sys;
 use crate::task;
 
-/// Events a polled watcher keeps for its client; the oldest go first beyond that.
-const BUFFER_MAX_EVENTS: usize = 16_384;
+/// Watches at a time, streams and polled ones together: as many as the kernel by default lets one
+/// user have.
+const WATCHES_MAX: usize = 128;
 
-/// Polled watchers at a time; a client that forgets to remove its own meets this.
-const WATCHERS_MAX: usize = 1024;
+/// When all are taken, one that was not polled for this long makes room for a new one. Nothing
+/// else ends a polled watcher: its client may have all day.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(600);
 
-/// Directories one recursive watch covers; the kernel has a limit of its own.
-const DIRECTORIES_MAX: usize = 100_000;
+/// Changes that wait for a stream's client.
+const STREAM_QUEUE: usize = 64;
 
-/// File systems whose other users' changes inotify does not see: NFS, SMB (three), FUSE, 9p.
-/// Source: `statfs(2)`.
-const NETWORK_MAGIC: [i64; 6] =
-    [0x6969, 0x517B, 0xFF53_4D42, 0xFE53_4D42, 0x6573_5546, 0x0102_1997];
+/// Changes that wait for a poll; as many as the kernel by default keeps for one watch.
+const POLL_QUEUE: usize = 16_384;
 
 /// What to watch.
 #[derive(Debug, Clone)]
@@ -69,11 +69,17 @@ pub(super) enum WatchError {
     #[error("watcher with id {0} not found")]
     NoWatcher(String),
     /// Too many of them.
-    #[error("too many watchers: remove one of the {WATCHERS_MAX} first")]
+    #[error("too many watches, of at most {WATCHES_MAX}: end one first")]
     TooMany,
+    /// More directories than can be watched.
+    #[error("too many directories to watch in {}, of at most {}", .0.display(), changes::TREE_MAX)]
+    TooLarge(PathBuf),
+    /// Changes were missed.
+    #[error(transparent)]
+    Lost(#[from] Lost),
     /// The job that set it up is gone.
     #[error(transparent)]
-    Lost(#[from] task::JobLost),
+    JobLost(#[from] task::JobLost),
     /// The kernel refused.
     #[error("watch {}", path.display())]
     Io {
@@ -85,298 +91,224 @@ pub(super) enum WatchError {
     },
 }
 
-/// A watched directory and its changes in order.
+/// Why a watch cannot go on without missing changes.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Lost {
+    /// The kernel's queue was full.
+    #[error(
+        "changes came faster than they were taken and some are lost: look at the directory and \
+         watch it again"
+    )]
+    Overflow,
+    /// A tree outgrew what can be watched.
+    #[error(
+        "the tree has more directories than can be watched, at most {}: watch fewer of them",
+        changes::TREE_MAX
+    )]
+    TooLarge,
+    /// The kernel does not tell any more.
+    #[error("failed to read changes: {0}")]
+    Read(io::Error),
+}
+
+type Change = Result<FilesystemEvent, Lost>;
+
+/// A watch; it ends when this is dropped.
 #[derive(Debug)]
-pub(super) struct Changes {
+pub(super) struct Watching {
+    changes: mpsc::Receiver<Change>,
+    _place: OwnedSemaphorePermit,
+}
+
+/// All watches of the daemon.
+#[derive(Debug)]
+pub(super) struct Watchers {
+    places: Arc<Semaphore>,
+    polled: Mutex<HashMap<String, Polled>>,
+    issued: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Polled {
+    watching: Watching,
+    polled_at: Instant,
+    /// What is left to say once the changes before it were fetched.
+    lost: Option<Lost>,
+}
+
+impl Default for Watchers {
+    fn default() -> Watchers {
+        Watchers {
+            places: Arc::new(Semaphore::new(WATCHES_MAX)),
+            polled: Mutex::default(),
+            issued: AtomicU64::default(),
+        }
+    }
+}
+
+impl Watchers {
+    /// Starts watching for a stream. Not cancel-safe, but leaves nothing behind.
+    ///
+    /// # Errors
+    /// [`WatchError`] when the directory cannot be watched.
+    pub(super) async fn open(
+        &self,
+        tasks: &task::Group,
+        wanted: Wanted,
+    ) -> Result<Watching, WatchError> {
+        self.start(tasks, wanted, STREAM_QUEUE).await
+    }
+
+    /// Collects the changes from now on and returns the id to fetch them by. Not cancel-safe: the
+    /// caller must be told the id.
+    ///
+    /// # Errors
+    /// As [`Watchers::open`].
+    pub(super) async fn add(
+        &self,
+        tasks: &task::Group,
+        wanted: Wanted,
+    ) -> Result<String, WatchError> {
+        let watching = self.start(tasks, wanted, POLL_QUEUE).await?;
+        let id = format!("w{:08x}", self.issued.fetch_add(1, Ordering::Relaxed) + 1);
+        let polled = Polled { watching, polled_at: Instant::now(), lost: None };
+        lock(&self.polled).insert(id.clone(), polled);
+        Ok(id)
+    }
+
+    /// The changes since the last call.
+    ///
+    /// # Errors
+    /// When there is no such watcher; when it missed changes, after those before were fetched.
+    pub(super) fn take_events(&self, id: &str) -> Result<Vec<FilesystemEvent>, WatchError> {
+        let mut polled = lock(&self.polled);
+        let watcher = polled.get_mut(id).ok_or_else(|| WatchError::NoWatcher(id.to_owned()))?;
+        watcher.polled_at = Instant::now();
+        let mut events = Vec::new();
+        while watcher.lost.is_none()
+            && let Ok(change) = watcher.watching.changes.try_recv()
+        {
+            match change {
+                Ok(event) => events.push(event),
+                Err(lost) => watcher.lost = Some(lost),
+            }
+        }
+        match &watcher.lost {
+            Some(lost) if events.is_empty() => Err(lost.again().into()),
+            _ => Ok(events),
+        }
+    }
+
+    /// Stops collecting.
+    ///
+    /// # Errors
+    /// When there is no such watcher.
+    pub(super) fn remove(&self, id: &str) -> Result<(), WatchError> {
+        let watcher = lock(&self.polled).remove(id);
+        watcher.map(drop).ok_or_else(|| WatchError::NoWatcher(id.to_owned()))
+    }
+
+    async fn start(
+        &self,
+        tasks: &task::Group,
+        wanted: Wanted,
+        queue: usize,
+    ) -> Result<Watching, WatchError> {
+        let place = self.place()?;
+        let (inotify, watched) = task::blocking(move || changes::open(wanted)).await??;
+        let inotify = sys::watch_descriptor(inotify, Interest::READABLE)
+            .map_err(|error| WatchError::Lost(Lost::Read(error)))?;
+        let (sender, changes) = mpsc::channel(queue);
+        tasks.spawn(async move {
+            if let Err(lost) = pump(inotify, watched, &sender).await {
+                // A client that has left need not know.
+                let _ = sender.send(Err(lost)).await;
+            }
+        });
+        Ok(Watching { changes, _place: place })
+    }
+
+    fn place(&self) -> Result<OwnedSemaphorePermit, WatchError> {
+        if let Ok(place) = Arc::clone(&self.places).try_acquire_owned() {
+            return Ok(place);
+        }
+        let mut polled = lock(&self.polled);
+        let oldest = polled.iter().min_by_key(|(_, watcher)| watcher.polled_at);
+        let forgotten = oldest.filter(|(_, watcher)| watcher.polled_at.elapsed() > FORGOTTEN_AFTER);
+        let forgotten = forgotten.map(|(id, _)| id.clone()).ok_or(WatchError::TooMany)?;
+        polled.remove(&forgotten);
+        drop(polled);
+        Arc::clone(&self.places).try_acquire_owned().map_err(|_| WatchError::TooMany)
+    }
+}
+
+impl Lost {
+    /// The same once more; an I/O error is not to be copied, but its text is.
+    fn again(&self) -> Lost {
+        match self {
+            Lost::Overflow => Lost::Overflow,
+            Lost::TooLarge => Lost::TooLarge,
+            Lost::Read(error) => Lost::Read(io::Error::new(error.kind(), error.to_string())),
+        }
+    }
+}
+
+/// Carries changes from the kernel to the queue, until nobody takes them or the directory is gone.
+async fn pump(
     inotify: AsyncFd<OwnedFd>,
-    watched: Watched,
-    pending: VecDeque<FilesystemEvent>,
-}
-
-#[derive(Debug)]
-struct Watched {
-    wanted: Wanted,
-    directories: HashMap<i32, PathBuf>,
-}
-
-/// Starts watching. Not cancel-safe, but leaves nothing behind.
-///
-/// # Errors
-/// [`WatchError`] when the directory cannot be watched.
-pub(super) async fn open(wanted: Wanted) -> Result<Changes, WatchError> {
-    task::blocking(move || open_blocking(wanted)).await?
-}
-
-fn open_blocking(wanted: Wanted) -> Result<Changes, WatchError> {
-    let path = wanted.path.clone();
-    match std::fs::metadata(&path) {
-        Ok(metadata) if metadata.is_dir() => {}
-        Ok(_) => return Err(WatchError::NotADirectory(path)),
-        Err(_) => return Err(WatchError::NotFound(path)),
-    }
-    let failed = |source: io::Error| WatchError::Io { path: path.clone(), source };
-    let file_system = rustix::fs::statfs(&path).map_err(|error| failed(error.into()))?;
-    if !wanted.allow_network_mounts && NETWORK_MAGIC.contains(&file_system.f_type) {
-        return Err(WatchError::NetworkMount(path));
-    }
-    let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)
-        .map_err(|error| failed(error.into()))?;
-    let mut watched = Watched { wanted, directories: HashMap::new() };
-    watched.add(&inotify, &path, &mut |_| {}).map_err(failed)?;
-    let inotify = sys::watch_descriptor(inotify, Interest::READABLE).map_err(failed)?;
-    Ok(Changes { inotify, watched, pending: VecDeque::new() })
-}
-
-impl Changes {
-    /// The next change; `None` when the directory is gone. Cancel-safe.
-    async fn next(&mut self) -> Option<FilesystemEvent> {
-        loop {
-            if let Some(event) = self.pending.pop_front() {
-                return Some(event);
-            }
-            if self.watched.directories.is_empty() {
-                return None;
-            }
-            let mut ready = self.inotify.readable().await.ok()?;
-            match read_events(ready.get_inner(), &mut self.watched, &mut self.pending) {
-                Errno::AGAIN => ready.clear_ready(),
-                // A batch is full: there may be more, after what it holds was handed on.
-                Errno::INTR => {}
-                _ => return None,
-            }
-        }
-    }
-}
-
-/// Changes read before they are handed on. A busy tree makes them faster than they are described,
-/// and everything else in the daemon waits meanwhile.
-const BATCH: usize = 256;
-
-/// Reads until nothing is left, or a batch is full (`INTR`), and returns the error that says so.
-fn read_events(
-    inotify: &OwnedFd,
-    watched: &mut Watched,
-    pending: &mut VecDeque<FilesystemEvent>,
-) -> Errno {
-    // Room for a few dozen events with names of ordinary length.
-    let mut buffer = [MaybeUninit::uninit(); 8192];
-    let mut reader = inotify::Reader::new(inotify, &mut buffer);
-    let accounts = watched.wanted.include_entry.then(Accounts::load);
+    mut watched: Watched,
+    sender: &mpsc::Sender<Change>,
+) -> Result<(), Lost> {
+    let inotify = Arc::new(inotify);
     loop {
-        // Events in the reader's buffer have left the kernel: they are never left behind.
-        if pending.len() >= BATCH && reader.is_buffer_empty() {
-            return Errno::INTR;
+        tokio::select! {
+            () = sender.closed() => return Ok(()),
+            ready = inotify.readable() => ready.map_err(Lost::Read)?.clear_ready(),
         }
-        let (watch, flags, name) = match reader.next() {
-            Ok(event) => {
-                let name = event.file_name().map(|name| name.to_bytes().to_vec());
-                (event.wd(), event.events(), name)
-            }
-            Err(Errno::INTR) => continue,
-            Err(error) => return error,
-        };
-        let mut report = |path: &Path, kind: EventType| {
-            let name = path.strip_prefix(&watched.wanted.path).unwrap_or(path);
-            let name = name.to_string_lossy();
-            let name = if name.is_empty() { ".".to_owned() } else { name.into_owned() };
-            let entry = accounts.as_ref().and_then(|accounts| entry::describe(path, accounts).ok());
-            pending.push_back(FilesystemEvent {
-                name,
-                r#type: kind.into(),
-                entry: entry.into(),
-                ..FilesystemEvent::default()
+        // What arrives from here on makes it ready again, so reading to the end misses nothing.
+        let mut left = Left::More;
+        while left == Left::More {
+            let descriptor = Arc::clone(&inotify);
+            let job = task::blocking(move || {
+                let mut events = Vec::new();
+                let left = changes::read(descriptor.get_ref(), &mut watched, &mut events);
+                (watched, events, left)
             });
-        };
-        let Some(directory) = watched.directories.get(&watch).cloned() else {
-            continue;
-        };
-        let is_root = directory == watched.wanted.path;
-        let path = match &name {
-            Some(name) => directory.join(std::ffi::OsStr::from_bytes(name)),
-            None => directory,
-        };
-        if flags.contains(ReadFlags::IGNORED) {
-            watched.directories.remove(&watch);
-            continue;
-        }
-        // What happens to a directory below the watched one is told by the one above it.
-        if let Some(kind) = kind(flags).filter(|_| name.is_some() || is_root) {
-            report(&path, kind);
-        }
-        if watched.wanted.recursive && flags.contains(ReadFlags::ISDIR) && name.is_some() {
-            if flags.intersects(ReadFlags::CREATE | ReadFlags::MOVED_TO) {
-                let mut found = Vec::new();
-                // It may be gone again: then there is nothing to watch.
-                let _ = watched.add(inotify, &path, &mut |below| found.push(below.to_owned()));
-                for below in found {
-                    push_found(watched, pending, accounts.as_ref(), &below);
+            let (back, events, outcome) =
+                job.await.map_err(|lost| Lost::Read(io::Error::other(lost)))?;
+            watched = back;
+            for event in events {
+                if sender.send(Ok(event)).await.is_err() {
+                    return Ok(());
                 }
-            } else if flags.contains(ReadFlags::MOVED_FROM) {
-                watched.drop_below(inotify, &path);
             }
+            left = outcome?;
         }
-    }
-}
-
-/// Reports what was in a new directory before it was watched.
-fn push_found(
-    watched: &Watched,
-    pending: &mut VecDeque<FilesystemEvent>,
-    accounts: Option<&Accounts>,
-    path: &Path,
-) {
-    let name = path.strip_prefix(&watched.wanted.path).unwrap_or(path);
-    pending.push_back(FilesystemEvent {
-        name: name.to_string_lossy().into_owned(),
-        r#type: EventType::EVENT_TYPE_CREATE.into(),
-        entry: accounts.and_then(|accounts| entry::describe(path, accounts).ok()).into(),
-        ..FilesystemEvent::default()
-    });
-}
-
-fn kind(flags: ReadFlags) -> Option<EventType> {
-    [
-        (ReadFlags::CREATE | ReadFlags::MOVED_TO, EventType::EVENT_TYPE_CREATE),
-        (ReadFlags::DELETE | ReadFlags::DELETE_SELF, EventType::EVENT_TYPE_REMOVE),
-        (ReadFlags::MODIFY, EventType::EVENT_TYPE_WRITE),
-        (ReadFlags::MOVED_FROM | ReadFlags::MOVE_SELF, EventType::EVENT_TYPE_RENAME),
-        (ReadFlags::ATTRIB, EventType::EVENT_TYPE_CHMOD),
-    ]
-    .into_iter()
-    .find_map(|(mask, kind)| flags.intersects(mask).then_some(kind))
-}
-
-impl Watched {
-    /// Watches a directory and, when that is wanted, all below it. Tells what is below.
-    fn add(
-        &mut self,
-        inotify: &OwnedFd,
-        path: &Path,
-        found: &mut dyn FnMut(&Path),
-    ) -> io::Result<()> {
-        if self.directories.len() >= DIRECTORIES_MAX {
-            return Err(io::ErrorKind::QuotaExceeded.into());
-        }
-        let flags = WatchFlags::CREATE
-            | WatchFlags::MOVED_TO
-            | WatchFlags::MOVED_FROM
-            | WatchFlags::MOVE_SELF
-            | WatchFlags::DELETE
-            | WatchFlags::DELETE_SELF
-            | WatchFlags::MODIFY
-            | WatchFlags::ATTRIB
-            | WatchFlags::ONLYDIR;
-        let watch = inotify::add_watch(inotify, path, flags)?;
-        self.directories.insert(watch, path.to_owned());
-        if !self.wanted.recursive {
+        if left == Left::Ended {
             return Ok(());
         }
-        // The watch stands before the directory is read, so nothing slips between.
-        for child in std::fs::read_dir(path)? {
-            let child = child?;
-            found(&child.path());
-            if child.file_type()?.is_dir() {
-                match self.add(inotify, &child.path(), found) {
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                    outcome => outcome?,
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Forgets a directory that was moved away, with all below it.
-    fn drop_below(&mut self, inotify: &OwnedFd, path: &Path) {
-        self.directories.retain(|watch, directory| {
-            let gone = directory.starts_with(path);
-            if gone {
-                // It may have ended by itself.
-                let _ = inotify::remove_watch(inotify, *watch);
-            }
-            !gone
-        });
     }
 }
 
 /// The changes as a response stream: a start event, changes, and a word in long silence.
 pub(super) fn stream(
-    changes: Changes,
+    watching: Watching,
     keepalive: Duration,
 ) -> impl Stream<Item = Result<WatchDirResponse, ConnectError>> + Send + 'static {
     let answer = |event: WireEvent| {
         Ok(WatchDirResponse { event: Some(event), ..WatchDirResponse::default() })
     };
     let start = answer(StartEvent::default().into());
-    let rest = stream::unfold(changes, move |mut changes| async move {
-        let event = match tokio::time::timeout(keepalive, changes.next()).await {
-            Ok(Some(event)) => event.into(),
+    let rest = stream::unfold(watching, move |mut watching| async move {
+        let event = match tokio::time::timeout(keepalive, watching.changes.recv()).await {
+            Ok(Some(Ok(event))) => answer(event.into()),
+            Ok(Some(Err(lost))) => Err(ConnectError::data_loss(lost.to_string())),
             Ok(None) => return None,
-            Err(_) => KeepAlive::default().into(),
+            Err(_) => answer(KeepAlive::default().into()),
         };
-        Some((answer(event), changes))
+        Some((event, watching))
     });
     stream::once(std::future::ready(start)).chain(rest)
-}
-
-/// Watchers whose changes are fetched by polling.
-#[derive(Debug, Default)]
-pub(super) struct Watchers {
-    by_id: Mutex<HashMap<String, Watcher>>,
-    issued: AtomicU64,
-}
-
-#[derive(Debug)]
-struct Watcher {
-    events: Arc<Mutex<VecDeque<FilesystemEvent>>>,
-    stop: CancellationToken,
-}
-
-impl Watchers {
-    /// Collects the changes from now on and returns the id to fetch them by.
-    pub(super) fn add(
-        &self,
-        tasks: &task::Group,
-        mut changes: Changes,
-    ) -> Result<String, WatchError> {
-        let events = Arc::<Mutex<VecDeque<FilesystemEvent>>>::default();
-        let stop = tasks.token();
-        let mut by_id = lock(&self.by_id);
-        if by_id.len() >= WATCHERS_MAX {
-            return Err(WatchError::TooMany);
-        }
-        let id = format!("w{:08x}", self.issued.fetch_add(1, Ordering::Relaxed) + 1);
-        by_id.insert(id.clone(), Watcher { events: Arc::clone(&events), stop: stop.clone() });
-        drop(by_id);
-        tasks.spawn(async move {
-            loop {
-                let event = tokio::select! {
-                    () = stop.cancelled() => return,
-                    event = changes.next() => event,
-                };
-                let Some(event) = event else { return };
-                let mut events = lock(&events);
-                if events.len() >= BUFFER_MAX_EVENTS {
-                    events.pop_front();
-                }
-                events.push_back(event);
-            }
-        });
-        Ok(id)
-    }
-
-    /// The changes since the last call.
-    pub(super) fn take_events(&self, id: &str) -> Result<Vec<FilesystemEvent>, WatchError> {
-        let by_id = lock(&self.by_id);
-        let watcher = by_id.get(id).ok_or_else(|| WatchError::NoWatcher(id.to_owned()))?;
-        Ok(lock(&watcher.events).drain(..).collect())
-    }
-
-    /// Stops collecting.
-    pub(super) fn remove(&self, id: &str) -> Result<(), WatchError> {
-        let watcher = lock(&self.by_id).remove(id);
-        watcher.ok_or_else(|| WatchError::NoWatcher(id.to_owned()))?.stop.cancel();
-        Ok(())
-    }
 }
 
 /// Each change under these locks is one insert, push or remove, so a panic leaves them whole.

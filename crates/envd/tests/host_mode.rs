@@ -3,8 +3,13 @@
 mod host_mode {
     pub(crate) mod client;
     mod connection;
+    mod compose;
+    mod edges;
     mod files;
+    mod hostile;
     mod http;
     mod process;
+    mod rights;
     mod tree;
+    mod watch;
 }

@@ -16,7 +16,7 @@ use axum::extract::State as Shared;
 use axum::extract::rejection::BytesRejection;
 use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::fs::{Access, AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use serde::Deserialize;
 
@@ -145,6 +145,10 @@ fn find_part(path: &std::path::Path, user: &User) -> Result<Part, Refusal> {
     let place = reach::reach(path, user, Last::Keep).map_err(failed)?;
     let stat = place.stat().map_err(|error| failed(error.into()))?.ok_or_else(missing)?;
     check_kind(&stat, path)?;
+    // Asked now, as the part is removed only when everything else is done.
+    place
+        .act(|| rustix::fs::accessat(&place.dir, ".", Access::WRITE_OK, AtFlags::EACCESS))
+        .map_err(|error| failed(place.explain(error)))?;
     Ok(Part { place, stat })
 }
 

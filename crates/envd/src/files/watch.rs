@@ -27,9 +27,9 @@ use super::changes::{self, Left, Watched};
 use crate::sys;
 use crate::task;
 
-/// Watches at a time, streams and polled ones together: as many as the kernel by default lets one
-/// user have.
-const WATCHES_MAX: usize = 128;
+/// Watches at a time, streams and polled ones together. The kernel by default lets one user have
+/// 128, and other programs of root want some.
+const WATCHES_MAX: usize = 100;
 
 /// When all are taken, one that was not polled for this long makes room for a new one. Nothing
 /// else ends a polled watcher: its client may have all day.

@@ -48,6 +48,52 @@ impl Answer {
     }
 }
 
+/// An account without rights, for tests that may act as one. `None`, said loudly, where they may
+/// not.
+pub(crate) fn unprivileged() -> Option<belljar_envd::accounts::User> {
+    if !belljar_testkit::is_root() {
+        belljar_testkit::skip("acting as another user needs root");
+        return None;
+    }
+    let user = Accounts::load().user("nobody");
+    if user.is_none() {
+        belljar_testkit::skip("the machine has no account 'nobody'");
+    }
+    user
+}
+
+/// A file system in memory, of that many bytes, gone with the value. `None`, said loudly, where
+/// none can be mounted.
+pub(crate) struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    pub(crate) fn mount(size_bytes: u64) -> Option<SmallDisk> {
+        let dir = tempfile::tempdir().expect("a directory");
+        let options = std::ffi::CString::new(format!("size={size_bytes},mode=755")).expect("text");
+        let flags = rustix::mount::MountFlags::empty();
+        match rustix::mount::mount("tmpfs", dir.path(), "tmpfs", flags, Some(options.as_c_str())) {
+            Ok(()) => Some(SmallDisk(dir)),
+            Err(error) => {
+                belljar_testkit::skip(&format!("cannot mount a small file system: {error}"));
+                None
+            }
+        }
+    }
+
+    pub(crate) fn path(&self) -> &std::path::Path {
+        self.0.path()
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let flags = rustix::mount::UnmountFlags::DETACH;
+        if let Err(error) = rustix::mount::unmount(self.0.path(), flags) {
+            eprintln!("failed to unmount {}: {error}", self.0.path().display());
+        }
+    }
+}
+
 pub(crate) fn own_user() -> String {
     let uid = rustix::process::geteuid().as_raw();
     Accounts::load().user_by_id(uid).expect("the tests run as someone").name
@@ -102,6 +148,16 @@ impl Daemon {
     pub(crate) async fn post(&self, path: &str, kind: &str, body: impl Into<Bytes>) -> Answer {
         let request = self.request(Method::POST, path).header("content-type", kind);
         self.fetch(request.body(Full::new(body.into())).expect("valid")).await
+    }
+
+    /// A unary RPC as a user of the machine.
+    pub(crate) async fn call_as(&self, user: &str, method: &str, body: Value) -> Answer {
+        let user = base64(format!("{user}:").as_bytes());
+        let request = self
+            .request(Method::POST, &format!("/{method}"))
+            .header("content-type", "application/json")
+            .header("authorization", format!("Basic {user}"));
+        self.fetch(request.body(Full::from(body.to_string())).expect("valid")).await
     }
 
     /// A unary RPC.

@@ -184,4 +184,21 @@ mod tests {
         assert_eq!(accounts.user_name(0), "root");
         assert_eq!(accounts.group_name(0), "root");
     }
+
+    /// The two files, with a bar between them.
+    #[test]
+    fn any_account_files_give_root_and_find_whom_they_list() {
+        crate::fuzz::run("accounts", &["root:x:", ":0:", "\n", "|", "user"], |input| {
+            let text = String::from_utf8_lossy(input);
+            let (users, groups) = text.split_once('|').unwrap_or((&text, ""));
+            let accounts = Accounts::parse(users, groups);
+            assert!(accounts.user("root").is_some());
+            for line in &accounts.users {
+                assert!(!line.name.is_empty() && !line.name.contains([':', '\n']));
+                let user = accounts.user(&line.name).expect("listed");
+                assert_eq!(user.groups.first(), Some(&user.gid));
+            }
+            crate::fuzz::outcome((accounts.users.len(), accounts.groups.len()))
+        });
+    }
 }

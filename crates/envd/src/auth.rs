@@ -255,4 +255,31 @@ mod tests {
         assert_eq!(user("Bearer cm9vdDo="), None);
         assert_eq!(user("Basic %%%"), None);
     }
+
+    /// Nobody who does not know the token makes a signature, whatever the query looks like.
+    #[test]
+    fn no_query_is_let_in_by_chance() {
+        let state = secured();
+        let words = ["&signature=v1_", "&signature_expiration=", "path=", "&username=", "%2B"];
+        crate::fuzz::run("query", &words, |input| {
+            let text: String = input.iter().map(|byte| char::from(byte & 0x7F)).collect();
+            let Ok(uri) = format!("/files?{text}").parse::<http::Uri>() else { return 0 };
+            let query = axum::extract::Query::<crate::files::FilesQuery>::try_from_uri(&uri);
+            let Ok(axum::extract::Query(query)) = query else { return 1 };
+            let refused =
+                crate::files::authorise(&state, &HeaderMap::new(), Operation::Read, &query);
+            let refusal = refused.expect_err("it was not signed with the token");
+            crate::fuzz::outcome(format!("{refusal:?}"))
+        });
+    }
+
+    #[test]
+    fn any_authorization_names_a_user_or_none() {
+        crate::fuzz::run("basic", &["Basic ", "dXNlcjo", "=", "Og"], |input| {
+            let Ok(value) = http::HeaderValue::from_bytes(input) else { return 0 };
+            let user = basic_user(&HeaderMap::from_iter([(AUTHORIZATION, value)]));
+            assert!(user.as_ref().is_none_or(|user| !user.is_empty() && !user.contains(':')));
+            crate::fuzz::outcome(user)
+        });
+    }
 }

@@ -77,7 +77,7 @@ impl From<crate::task::JobLost> for Refusal {
 }
 
 /// Checks token or signature, then finds the user the request is for.
-fn authorise(
+pub(crate) fn authorise(
     state: &State,
     headers: &http::HeaderMap,
     operation: auth::Operation,

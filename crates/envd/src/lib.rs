@@ -23,6 +23,8 @@ pub mod server;
 pub mod state;
 pub mod task;
 
+#[cfg(test)]
+mod fuzz;
 mod sys;
 
 pub use server::serve;

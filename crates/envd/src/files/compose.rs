@@ -235,3 +235,18 @@ fn remove_parts(
         ))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_body_is_read_within_limits_or_refused() {
+        crate::fuzz::run("compose", &["\"source_paths\":[", "\"a\",", "null"], |input| {
+            let Ok(request) = parse(input) else { return 0 };
+            assert!((1..=PARTS_MAX).contains(&request.source_paths.len()));
+            assert!(!request.destination.is_empty());
+            crate::fuzz::outcome((request.source_paths.len(), request.username.is_some()))
+        });
+    }
+}

@@ -361,4 +361,15 @@ mod tests {
     fn any_name_fits_the_disposition() {
         assert_eq!(disposition("a b\u{e9}.txt"), "inline; filename*=UTF-8''a%20b%C3%A9.txt");
     }
+
+    #[test]
+    fn any_list_of_encodings_is_answered() {
+        crate::fuzz::run("accept_encoding", &["gzip", ";q=0", "identity", "*", ","], |input| {
+            let Ok(header) = HeaderValue::from_bytes(input) else { return 0 };
+            let whole = wants_gzip(Some(&header), false).map_err(|refusal| refusal.status.as_u16());
+            let part = wants_gzip(Some(&header), true).map_err(|refusal| refusal.status.as_u16());
+            assert!(part != Ok(true), "parts are never compressed");
+            crate::fuzz::outcome((whole, part))
+        });
+    }
 }

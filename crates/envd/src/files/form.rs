@@ -175,4 +175,25 @@ mod tests {
         allowance.renew();
         assert!(body.next().await.expect("more").is_ok());
     }
+
+    #[test]
+    fn any_name_survives_how_clients_write_it() {
+        crate::fuzz::run("form_name", &["filename=", "\"", "%22", "\\", "; "], |input| {
+            let found = file_name(input);
+            // As browsers and the SDKs' libraries write it, but for what looks escaped already.
+            let name = String::from_utf8_lossy(input).replace('%', "").replace('\\', "\\\\");
+            let escaped: String = name.chars().fold(String::new(), |mut text, char| {
+                match char {
+                    '"' => text.push_str("%22"),
+                    '\0'..='\x1F' => text.push_str(&format!("%{:02X}", u32::from(char))),
+                    other => text.push(other),
+                }
+                text
+            });
+            let written = format!("form-data; name=\"file\"; filename=\"{escaped}\"");
+            let name = name.replace("\\\\", "\\");
+            assert_eq!(file_name(written.as_bytes()).as_deref(), Some(name.as_str()));
+            crate::fuzz::outcome(found.map(|name| name.len().min(40)))
+        });
+    }
 }

@@ -106,4 +106,27 @@ mod tests {
         assert!(collect(decode(pieces(cut, 50))).await.is_err());
         assert!(collect(decode(pieces(b"plainly no gzip", 4))).await.is_err());
     }
+
+    #[test]
+    fn any_bytes_decode_in_bounded_steps() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        crate::fuzz::run("gzip", &["\x1F\x08"], |input| {
+            let (mut steps, mut length) = (0, 0);
+            let last = runtime.block_on(async {
+                let mut items = decode(pieces(input, 700));
+                loop {
+                    match items.next().await {
+                        None => return Ok(()),
+                        Some(Err(error)) => return Err(error.kind()),
+                        Some(Ok(piece)) => {
+                            assert!(piece.len() <= DECODE_STEP_BYTES * 1100, "{}", piece.len());
+                            length += piece.len();
+                            steps += 1;
+                        }
+                    }
+                }
+            });
+            crate::fuzz::outcome((last.is_ok(), steps, length.checked_ilog2()))
+        });
+    }
 }

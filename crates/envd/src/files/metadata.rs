@@ -152,4 +152,27 @@ mod tests {
             Err(MetadataError::Total(4097))
         ));
     }
+
+    #[test]
+    fn any_headers_become_metadata_within_limits_and_back() {
+        crate::fuzz::run("metadata", &["=", "\n", "user.e2b."], |input| {
+            let text = String::from_utf8_lossy(input);
+            let _ = key(OsStr::new(text.as_ref()));
+            let given: HeaderMap = text
+                .lines()
+                .filter_map(|line| {
+                    let (name, value) = line.split_once('=')?;
+                    let name = HeaderName::from_bytes(format!("x-metadata-{name}").as_bytes());
+                    Some((name.ok()?, HeaderValue::from_bytes(value.as_bytes()).ok()?))
+                })
+                .collect();
+            let Ok(metadata) = from_headers(&given) else { return 0 };
+            let total: usize = metadata.iter().map(|(key, value)| key.len() + value.len()).sum();
+            assert!(total <= TOTAL_MAX_BYTES);
+            let mut answer = HeaderMap::new();
+            to_headers(&metadata, &mut answer);
+            assert_eq!(from_headers(&answer), Ok(metadata.clone()));
+            crate::fuzz::outcome((metadata.len(), total.checked_ilog2()))
+        });
+    }
 }

@@ -113,4 +113,22 @@ mod tests {
         let longer = "d/".repeat(2048);
         assert_eq!(resolve(&longer, home, None), Err(PathError::TooLong(4106)));
     }
+
+    #[test]
+    fn any_path_becomes_absolute_and_clean_or_is_refused() {
+        let home = Path::new("/home/user");
+        crate::fuzz::run("path", &["/", "..", "~", "./", "//"], |input| {
+            let text = String::from_utf8_lossy(input);
+            let resolved = resolve(&text, home, Some("work/dir"));
+            if let Ok(path) = &resolved {
+                assert!(path.is_absolute() && path.as_os_str().len() <= PATH_MAX_BYTES);
+                let shown = path.to_str().expect("made of text");
+                assert!(!shown.contains('\0') && !shown.contains("//"), "{shown:?}");
+                assert!(path.components().skip(1).all(|c| matches!(c, Component::Normal(_))));
+                assert_eq!(resolve(shown, home, None).as_ref(), Ok(path), "clean is clean");
+            }
+            let depth = resolved.as_ref().map(|path| path.components().count());
+            crate::fuzz::outcome(depth.map_err(std::mem::discriminant))
+        });
+    }
 }

@@ -72,4 +72,20 @@ mod tests {
         assert_eq!(select(None, 10), Selection::Whole);
         assert_eq!(select(Some("bytes=0-"), 0), Selection::None);
     }
+
+    #[test]
+    fn any_range_lies_within_the_file() {
+        crate::fuzz::run("ranges", &["bytes=", "-", ","], |input| {
+            let header = String::from_utf8_lossy(input);
+            let mut outcomes = Vec::new();
+            for size in [0, 1, 10, u64::MAX] {
+                let selected = select(Some(&header), size);
+                if let Selection::Part { start, end } = selected {
+                    assert!(start < end && end <= size);
+                }
+                outcomes.push(std::mem::discriminant(&selected));
+            }
+            crate::fuzz::outcome(outcomes)
+        });
+    }
 }

@@ -68,4 +68,14 @@ mod tests {
         assert_eq!(netmask(32), Ipv4Addr::BROADCAST);
         assert_eq!(netmask(0), Ipv4Addr::UNSPECIFIED);
     }
+
+    #[test]
+    fn any_command_line_is_understood_in_part() {
+        crate::fuzz::run("cmdline", &["belljar.ip=", "belljar.gw=", "/32", " ", "."], |input| {
+            let cmdline = parse(&String::from_utf8_lossy(input));
+            assert!(cmdline.address.is_none_or(|(_, prefix)| prefix <= 32));
+            let servers = cmdline.name_servers.len();
+            crate::fuzz::outcome((cmdline.address, cmdline.gateway, servers))
+        });
+    }
 }

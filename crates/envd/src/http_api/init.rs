@@ -158,4 +158,19 @@ mod tests {
             assert_eq!(parse_rfc3339(text), expected, "{text}");
         }
     }
+
+    #[test]
+    fn any_time_is_read_or_refused() {
+        crate::fuzz::run("rfc3339", &["T", "Z", "+00:00", ".", ":", "-"], |input| {
+            let text = String::from_utf8_lossy(input);
+            let Some(unix_ns) = parse_rfc3339(&text) else { return 0 };
+            let years = unix_ns / 1_000_000_000 / 31_556_952;
+            assert!((-1972..=8031).contains(&years), "{text} is {unix_ns}");
+            // The same instant, said another way.
+            if let Some(local) = text.strip_suffix('Z') {
+                assert_eq!(parse_rfc3339(&format!("{local}+00:00")), Some(unix_ns));
+            }
+            crate::fuzz::outcome(years)
+        });
+    }
 }

@@ -2,8 +2,8 @@
 
 mod host_mode {
     pub(crate) mod client;
-    mod connection;
     mod compose;
+    mod connection;
     mod edges;
     mod files;
     mod hostile;

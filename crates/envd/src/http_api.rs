@@ -1,6 +1,7 @@
 //! The routes, what surrounds each of them, and the plain HTTP answers that need no file of
 //! their own.
 
+mod freeze;
 mod init;
 
 use std::sync::Arc;
@@ -83,6 +84,12 @@ pub(crate) fn router(services: &Services) -> Router {
         .route("/metrics", get(metrics))
         .route("/envs", get(envs))
         .route("/init", post(init::post).layer(DefaultBodyLimit::max(INIT_MAX_BYTES)))
+        .route("/freeze", post(freeze::freeze))
+        .route("/unfreeze", post(freeze::unfreeze))
+        .route("/fsfreeze", post(freeze::freeze_disks))
+        .route("/fsthaw", post(freeze::thaw_disks))
+        .route("/collapse", post(freeze::collapse))
+        .route("/upgrade", post(freeze::upgrade))
         .with_state(services.clone())
         .merge(rpc)
         .merge(files)

@@ -22,6 +22,7 @@ pub mod process;
 pub mod server;
 pub mod state;
 pub mod task;
+pub mod workload;
 
 #[cfg(test)]
 mod fuzz;

@@ -8,8 +8,10 @@ use belljar_domain::Secret;
 use subtle::ConstantTimeEq as _;
 use tokio::sync::watch;
 
+use crate::guest::disks::Disks;
 use crate::process::log_tap::LogTap;
 use crate::task;
+use crate::workload::Workload;
 
 /// `PATH` of processes when nothing else sets it: what a Debian login gives root.
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -29,6 +31,8 @@ pub struct Settings {
     pub access_token: Option<Secret<String>>,
     /// How long the client of an upload may send nothing before the upload is cut.
     pub upload_stall_limit: Duration,
+    /// The control groups of user processes; `None` runs them beside the daemon.
+    pub workload: Option<Arc<Workload>>,
 }
 
 /// A pause in sending that no working network makes, and that leaves a thread busy meanwhile.
@@ -44,6 +48,7 @@ impl Settings {
             default_workdir: None,
             access_token: None,
             upload_stall_limit: UPLOAD_STALL_LIMIT,
+            workload: None,
         }
     }
 }
@@ -55,8 +60,10 @@ pub struct State {
     identity: RwLock<Identity>,
     /// Whether part of an identity is still being put in place; requests wait for that.
     settling: watch::Sender<bool>,
-    /// Which guest this is, counted up when it turns into another sandbox.
+    /// Which run of the machine this is, counted up by each boot and restore.
     incarnation: watch::Sender<u64>,
+    /// The disks, which the host may have stopped.
+    pub disks: Disks,
     /// Every task of the daemon.
     pub tasks: task::Group,
     /// Lines on their way to the host.
@@ -79,6 +86,9 @@ struct Identity {
 /// What an init message says, whichever way it came.
 #[derive(Debug, Clone, Default)]
 pub struct NewIdentity {
+    /// The machine was booted or restored for this: connections that seem open are of a run that
+    /// is over.
+    pub new_run: bool,
     /// The sandbox; `None` keeps the current one.
     pub sandbox_id: Option<String>,
     /// Its template; `None` keeps the current one.
@@ -120,8 +130,17 @@ impl State {
             identity: RwLock::new(identity),
             settling: watch::Sender::new(false),
             incarnation: watch::Sender::new(0),
+            disks: Disks::default(),
             tasks: task::Group::default(),
             logs: Arc::default(),
+        }
+    }
+
+    /// Ends every freeze of disks and processes: whoever froze them has what it wanted, or is gone.
+    pub fn thaw(&self) {
+        self.disks.thaw();
+        if let Some(workload) = &self.settings.workload {
+            workload.thaw();
         }
     }
 
@@ -130,8 +149,9 @@ impl State {
         &self.settings
     }
 
-    /// Takes on an identity. A guest that becomes another sandbox drops every connection of the
-    /// one it was cloned from: their peers are gone and would hold back running processes.
+    /// Takes on an identity. With a new run every connection of the last one is dropped, whether
+    /// this is another sandbox now or the same one resumed: their peers are gone and would hold
+    /// back running processes. Processes and watchers stay.
     pub fn become_sandbox(&self, new: NewIdentity) {
         let mut identity = self.write();
         let other = new.sandbox_id.as_ref().is_some_and(|id| *id != identity.sandbox_id);
@@ -151,7 +171,10 @@ impl State {
         identity.env_vars = new.env_vars;
         drop(identity);
         if other {
+            // What the sandbox this one was cloned from said is not this one's to send.
             self.logs.clear();
+        }
+        if new.new_run {
             self.incarnation.send_modify(|count| *count += 1);
         }
     }
@@ -180,7 +203,7 @@ impl State {
         true
     }
 
-    /// Changes when the guest becomes another sandbox.
+    /// Changes with each boot and restore.
     pub fn incarnation(&self) -> watch::Receiver<u64> {
         self.incarnation.subscribe()
     }
@@ -267,6 +290,7 @@ mod tests {
         let state = secured();
         let seen = state.incarnation();
         let identity = NewIdentity {
+            new_run: true,
             sandbox_id: Some("ione".to_owned()),
             template_id: Some("base".to_owned()),
             env_vars: BTreeMap::from([("A".to_owned(), "1".to_owned())]),
@@ -286,9 +310,12 @@ mod tests {
 
         let mut seen = state.incarnation();
         seen.mark_unchanged();
-        state.become_sandbox(NewIdentity { env_vars: BTreeMap::new(), ..identity });
-        assert!(!seen.has_changed().expect("state lives"), "same sandbox, same connections");
+        let again = NewIdentity { env_vars: BTreeMap::new(), ..identity };
+        state.become_sandbox(NewIdentity { new_run: false, ..again.clone() });
+        assert!(!seen.has_changed().expect("state lives"), "same run, same connections");
         assert!(!state.global_env().contains_key("A"));
+        state.become_sandbox(again);
+        assert!(seen.has_changed().expect("state lives"), "resumed: whoever was connected is gone");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -86,11 +86,13 @@ pub(crate) struct Credentials {
     pub(crate) groups: Vec<u32>,
 }
 
-/// What a child does to itself between fork and exec, in this order: its own session, the
-/// terminal on standard input, the score by which the kernel picks whom to kill when memory ends,
+/// What a child does to itself between fork and exec, in this order: its control group, its own
+/// session, the terminal on standard input, the score by which the kernel picks whom to kill when memory ends,
 /// the user, the directory.
 #[derive(Debug)]
 pub(crate) struct ChildSetup {
+    /// The `cgroup.procs` of the group to join; `None` stays in the daemon's.
+    pub(crate) group: Option<Arc<OwnedFd>>,
     /// Standard input becomes the controlling terminal.
     pub(crate) terminal: bool,
     /// Decimal text for `/proc/self/oom_score_adj`.
@@ -112,6 +114,7 @@ pub(crate) fn install_child_setup(command: &mut Command, setup: ChildSetup) {
 
 impl ChildSetup {
     fn apply(&self) -> io::Result<()> {
+        self.join_group();
         // SAFETY: setsid takes no arguments.
         check(unsafe { libc::setsid() }.into())?;
         if self.terminal {
@@ -133,6 +136,17 @@ impl ChildSetup {
         }
         // SAFETY: `cwd` is a NUL-terminated string that lives in `self`.
         check(unsafe { libc::chdir(self.cwd.as_ptr()) }.into())
+    }
+
+    /// Joins by the daemon's descriptor, which is allowed whoever the child becomes later.
+    ///
+    /// Best effort: root inside may have removed the group or handed its controllers on, and a
+    /// process without its limits is more use to it than none.
+    fn join_group(&self) {
+        if let Some(group) = &self.group {
+            // SAFETY: the descriptor is open as long as `group` lives; the text outlives the write.
+            unsafe { libc::write(group.as_raw_fd(), c"0".as_ptr().cast(), 1) };
+        }
     }
 
     /// Best effort: a container may forbid it, and a process with the wrong score still runs.
@@ -272,6 +286,21 @@ fn random_device() -> io::Result<&'static File> {
             Ok(DEVICE.get_or_init(|| device))
         }
     }
+}
+
+/// Stops all writing to the file system behind `directory`, flushed and consistent. `EBUSY`: it is
+/// stopped already. Source of the requests: `linux/fs.h`.
+pub(crate) fn freeze_file_system(directory: &OwnedFd) -> io::Result<()> {
+    const FIFREEZE: libc::Ioctl = 0xc004_5877;
+    // SAFETY: FIFREEZE ignores its argument.
+    check(unsafe { libc::ioctl(directory.as_raw_fd(), FIFREEZE, 0) }.into())
+}
+
+/// Lets writing go on. `EINVAL`: it was not stopped.
+pub(crate) fn thaw_file_system(directory: &OwnedFd) -> io::Result<()> {
+    const FITHAW: libc::Ioctl = 0xc004_5878;
+    // SAFETY: FITHAW ignores its argument.
+    check(unsafe { libc::ioctl(directory.as_raw_fd(), FITHAW, 0) }.into())
 }
 
 /// Sends SIGTERM or SIGKILL to every process but this one. Only PID 1 may want that.

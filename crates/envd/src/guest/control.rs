@@ -243,6 +243,8 @@ fn obey(state: &State, line: &[u8]) -> Obeyed {
             Obeyed::with(FromGuest::Prepared { nonce })
         }
         Ok(ToGuest::Shutdown) => {
+            // What is frozen could neither be asked to end nor write what it must.
+            state.thaw();
             shut_down();
             let message = "the machine could not be ended".to_owned();
             Obeyed::with(FromGuest::Failed { nonce: 0, message })
@@ -273,10 +275,13 @@ fn initialise(state: &State, init: Init) -> Result<Names, InitError> {
             sys::add_entropy(piece).map_err(InitError::Entropy)?;
         }
     }
+    // A snapshot taken between a freeze and its end holds a frozen guest.
+    state.thaw();
     let names =
         Names { sandbox_id: init.sandbox_id.clone(), template_id: init.template_id.clone() };
     state.set_settling(true);
     state.become_sandbox(NewIdentity {
+        new_run: true,
         sandbox_id: Some(init.sandbox_id),
         template_id: Some(init.template_id),
         access_token: init.access_token.filter(|token| !token.is_empty()).map(Secret::new),

@@ -2,6 +2,7 @@
 //! route serves hosts without one, and the same daemon in tests.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use axum::extract::State as Shared;
 use axum::response::{IntoResponse as _, Response};
@@ -13,7 +14,9 @@ use serde::Deserialize;
 use super::{Services, json_error};
 use crate::auth;
 use crate::guest;
-use crate::state::{NewIdentity, TokenCheck};
+use crate::guest::certificates::Authorities;
+use crate::state::{NewIdentity, State, TokenCheck};
+use crate::task;
 
 /// The body; every field may be absent.
 ///
@@ -58,10 +61,10 @@ pub(super) async fn post(
         let message = "access token validation failed";
         return json_error(StatusCode::UNAUTHORIZED, message);
     }
-    if !request.volume_mounts.is_empty() || request.ca_bundle.is_some_and(|ca| !ca.is_empty()) {
-        let message = "volume mounts and CA bundles are not supported by this daemon";
-        return json_error(StatusCode::BAD_REQUEST, message);
-    }
+    let authorities = match unusual(state, &request) {
+        Ok(authorities) => authorities,
+        Err(message) => return json_error(StatusCode::BAD_REQUEST, &message),
+    };
     if let Some(text) = &request.timestamp {
         let Some(unix_ns) = parse_rfc3339(text) else {
             let message = format!("invalid timestamp '{text}'");
@@ -77,8 +80,17 @@ pub(super) async fn post(
             tracing::warn!(%error, "failed to set the clock");
         }
     }
+    // Before the disks are written: they may be stopped.
+    state.thaw();
+    if let Some(authorities) = authorities
+        && let Err(message) = trust(authorities).await
+    {
+        return json_error(StatusCode::INTERNAL_SERVER_ERROR, &message);
+    }
     let token = in_body.map(|token| Secret::new(token.to_owned())).or(state.access_token());
     state.become_sandbox(NewIdentity {
+        // It came over one of the connections that would be dropped.
+        new_run: false,
         sandbox_id: None,
         template_id: None,
         access_token: token,
@@ -87,6 +99,30 @@ pub(super) async fn post(
         default_workdir: request.default_workdir,
     });
     StatusCode::NO_CONTENT.into_response()
+}
+
+/// What of a request not every daemon can do: the authorities to install, or why not.
+fn unusual(state: &State, request: &InitRequest) -> Result<Option<Authorities>, String> {
+    if !request.volume_mounts.is_empty() {
+        let message = "volumeMounts are not supported by this daemon; leave them out";
+        return Err(message.to_owned());
+    }
+    let Some(bundle) = &request.ca_bundle else { return Ok(None) };
+    if !state.settings().in_guest {
+        // An empty one asks for the state a host is in anyway.
+        let message = "caBundle is not supported in host mode: this machine is not a sandbox's";
+        return if bundle.is_empty() { Ok(None) } else { Err(message.to_owned()) };
+    }
+    let authorities = Authorities::parse(bundle);
+    authorities.map(Some).map_err(|error| format!("failed to {error}; send PEM certificates"))
+}
+
+async fn trust(authorities: Authorities) -> Result<(), String> {
+    match task::blocking(move || authorities.install(Path::new("/"))).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(format!("failed to install the CA bundle: {error}")),
+        Err(lost) => Err(format!("failed to {lost}")),
+    }
 }
 
 /// Nanoseconds since the Unix epoch of an RFC 3339 time.

@@ -72,7 +72,8 @@ impl Registry {
         label: Label,
         deadline: Option<Instant>,
     ) -> Result<(Arc<Process>, super::output::Subscription), StartError> {
-        let Started { pid, ended, ends } = start::start(program)?;
+        let Started { pid, ended, ends } =
+            start::start(program, self.state.settings().workload.as_deref())?;
         let attached = attach(&self.state.tasks, ends).inspect_err(|_| {
             children::signal(pid, Signal::KILL, Reach::Group);
         });

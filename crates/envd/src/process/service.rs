@@ -277,6 +277,7 @@ fn refusal(error: StartError) -> ConnectError {
             ConnectError::invalid_argument(error.to_string())
         }
         StartError::OtherUser(_) => ConnectError::permission_denied(format!("failed to {error}")),
+        StartError::Frozen(_) => ConnectError::unavailable(format!("failed to {error}")),
         StartError::Streams(source) => {
             tracing::warn!(error = %source, "failed to open a process's streams");
             ConnectError::internal(format!("failed to {error}: {source}"))

@@ -16,6 +16,7 @@ use super::channel::window_size;
 use crate::accounts::User;
 use crate::children::{self, Ended};
 use crate::sys::{self, ChildSetup, Credentials};
+use crate::workload::Workload;
 
 /// How early the kernel kills user processes when memory ends: well before the daemon.
 ///
@@ -90,6 +91,9 @@ pub(super) enum StartError {
     /// The kernel gave no pipe or terminal.
     #[error("open the standard streams")]
     Streams(#[source] io::Error),
+    /// The host froze the sandbox and did not thaw it.
+    #[error("start '{0}': the sandbox is frozen for a snapshot; try again")]
+    Frozen(String),
     /// The program could not be run.
     #[error("start '{cmd}'")]
     Run {
@@ -101,11 +105,12 @@ pub(super) enum StartError {
     },
 }
 
-/// Starts a program. Blocks for the length of a fork and an exec.
+/// Starts a program, in a control group of `workload` when there is one. Blocks for the length of
+/// a fork and an exec, and while the sandbox is frozen.
 ///
 /// # Errors
 /// [`StartError`]; nothing of it is left behind then.
-pub(super) fn start(program: Program) -> Result<Started, StartError> {
+pub(super) fn start(program: Program, workload: Option<&Workload>) -> Result<Started, StartError> {
     check_directory(&program.cwd)?;
     let credentials = credentials(&program.user)?;
     let cwd = CString::new(program.cwd.as_os_str().as_bytes())
@@ -113,14 +118,19 @@ pub(super) fn start(program: Program) -> Result<Started, StartError> {
     let mut command = Command::new(&program.cmd);
     command.args(&program.args).env_clear().envs(&program.env);
     let ends = connect(&mut command, program.streams).map_err(StartError::Streams)?;
+    let terminal = matches!(program.streams, Streams::Terminal { .. });
     let setup = ChildSetup {
-        terminal: matches!(program.streams, Streams::Terminal { .. }),
+        group: workload.map(|workload| workload.group(terminal)),
+        terminal,
         oom_score_adj: OOM_SCORE_ADJ,
         credentials,
         cwd,
     };
     sys::install_child_setup(&mut command, setup);
+    let starting = workload.map(Workload::start).transpose();
+    let starting = starting.map_err(|_| StartError::Frozen(program.cmd.clone()))?;
     let outcome = children::spawn(&mut command);
+    drop(starting);
     let (pid, ended) = outcome.map_err(|source| StartError::Run { cmd: program.cmd, source })?;
     // `command` still holds the child's ends of the pipes: they close here, so that reading
     // reaches the end when the last program that holds one is gone.

@@ -41,6 +41,7 @@ const INIT_MAX_BYTES: usize = 4 * 1024 * 1024;
 pub(crate) struct Services {
     state: Arc<State>,
     meter: Arc<Meter>,
+    watchdogs: Arc<freeze::Watchdogs>,
     /// Every process this daemon started.
     pub(crate) processes: Arc<Registry>,
 }
@@ -49,7 +50,8 @@ impl Services {
     /// Services of a fresh daemon.
     pub(crate) fn new(state: Arc<State>) -> Services {
         let processes = Arc::new(Registry::new(Arc::clone(&state)));
-        Services { state, meter: Arc::new(Meter::default()), processes }
+        let (meter, watchdogs) = (Arc::default(), Arc::default());
+        Services { state, meter, watchdogs, processes }
     }
 }
 

@@ -103,6 +103,8 @@ fn run_host(options: Options) -> Result<(), StartError> {
         let mut interrupt = signal(SignalKind::interrupt()).map_err(StartError::Signals)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Signals)?;
         let listener = listen(address).await?;
+        // The port asked for may be 0, which takes a free one.
+        let address = listener.local_addr().map_err(|error| StartError::Listen(address, error))?;
         tracing::info!(%address, user = settings.default_user, "serving");
         let stop = CancellationToken::new();
         let serving = serve(listener, Arc::new(State::new(settings)), stop.clone());

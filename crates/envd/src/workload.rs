@@ -198,8 +198,9 @@ impl Workload {
         Ok(Starting(self))
     }
 
-    /// Stops every process outside the daemon's group, and waits until all have stopped. Again
-    /// when frozen already: then it only counts as a newer freeze. Blocks.
+    /// Stops every process in a group other than the daemon's, and waits until all have stopped;
+    /// only what root moved to the top of the tree runs on. Again when frozen already: then it
+    /// counts as a newer freeze. Blocks.
     ///
     /// # Errors
     /// [`FreezeError`]; everything runs on then.

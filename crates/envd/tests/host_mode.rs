@@ -7,6 +7,7 @@ mod host_mode {
     mod edges;
     mod files;
     mod hostile;
+    mod freeze;
     mod http;
     mod process;
     mod rights;

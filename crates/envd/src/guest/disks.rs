@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -43,6 +44,9 @@ pub enum DisksError {
         #[source]
         source: io::Error,
     },
+    /// Flushing took so long that the watchdog has passed; nothing would end the freeze.
+    #[error("flush the disks in time; writing goes on")]
+    TooLate,
 }
 
 impl Disks {
@@ -55,11 +59,12 @@ impl Disks {
     }
 
     /// Flushes every disk and stops writing to it. Writers wait until the thaw. Blocks for as
-    /// long as flushing takes. Those stopped already are left so.
+    /// long as flushing takes. Those stopped already are left so. A watchdog must thaw at `until`
+    /// or later.
     ///
     /// # Errors
     /// [`DisksError`]; what this call stopped goes on then.
-    pub fn freeze(&self) -> Result<usize, DisksError> {
+    pub fn freeze(&self, until: Instant) -> Result<(), DisksError> {
         let table = fs::read("/proc/self/mountinfo").map_err(DisksError::Table)?;
         let table = table.get(..table.len().min(TABLE_MAX_BYTES)).unwrap_or_default();
         let mut roots = Vec::new();
@@ -74,9 +79,13 @@ impl Disks {
                 }
             }
         }
-        let mut stopped = self.lock();
-        stopped.roots.extend(roots);
-        Ok(stopped.roots.len())
+        self.lock().roots.extend(roots);
+        // Looked at only now: a watchdog that bites later finds the disks listed.
+        if Instant::now() >= until {
+            self.thaw();
+            return Err(DisksError::TooLate);
+        }
+        Ok(())
     }
 
     /// Lets writing go on wherever [`Disks::freeze`] stopped it. Nothing stopped is fine.

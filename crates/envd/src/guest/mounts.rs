@@ -49,8 +49,8 @@ const MOUNTS: [Mount; 8] = [
         kind: "cgroup2",
         target: "/sys/fs/cgroup",
         flags: INERT,
-        // Every child moves itself into its group. Without this each move waits for all
-        // processors to pass through the scheduler, which is tens of milliseconds.
+        // Every child moves itself into its group. Without this a move waits until all
+        // processors have passed through the scheduler, for a timer tick or more.
         options: Some(c"favordynmods"),
     },
     Mount { kind: "mqueue", target: "/dev/mqueue", flags: INERT, options: None },

@@ -5,14 +5,15 @@
 //!
 //! Source of the routes: `contract/e2b-wire.md` section 2.1.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State as Shared};
 use axum::response::{IntoResponse as _, Response};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 
 use super::{Services, json, json_error};
 use crate::task;
@@ -36,6 +37,42 @@ const WAIT_LIMIT_MS: u64 = 2000;
 
 /// Longest wait a caller may ask for, milliseconds.
 const WAIT_MAX_MS: u64 = 60_000;
+
+/// What ends a freeze that nobody else ends. One each at most, however often a host freezes.
+#[derive(Debug, Default)]
+pub(super) struct Watchdogs {
+    processes: Watchdog,
+    disks: Watchdog,
+}
+
+#[derive(Debug, Default)]
+struct Watchdog {
+    /// Ends the task that waits now.
+    current: Mutex<CancellationToken>,
+}
+
+impl Watchdog {
+    fn cancel(&self) {
+        self.replace(CancellationToken::new()).cancel();
+    }
+
+    /// Has `bite` called after `limit`, instead of what was to be called before.
+    fn set(&self, tasks: &task::Group, limit: Duration, bite: impl FnOnce() + Send + 'static) {
+        let cancelled = CancellationToken::new();
+        self.replace(cancelled.clone()).cancel();
+        tasks.spawn(async move {
+            tokio::select! {
+                () = cancelled.cancelled() => {}
+                () = tokio::time::sleep(limit) => bite(),
+            }
+        });
+    }
+
+    fn replace(&self, new: CancellationToken) -> CancellationToken {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut current, new)
+    }
+}
 
 /// The query of a freeze; every field may be absent.
 #[derive(Debug, Default, Deserialize)]
@@ -98,8 +135,7 @@ pub(super) async fn freeze(
             return json_error(StatusCode::INTERNAL_SERVER_ERROR, &message);
         }
     };
-    services.state.tasks.spawn(async move {
-        tokio::time::sleep(PROCESSES_LIMIT).await;
+    services.watchdogs.processes.set(&services.state.tasks, PROCESSES_LIMIT, move || {
         if workload.thaw_if(frozen.generation) {
             tracing::warn!("the host froze user processes and left them; thawed them");
         }
@@ -113,6 +149,7 @@ pub(super) async fn unfreeze(Shared(services): Shared<Services>) -> Response {
     let Some(workload) = &services.state.settings().workload else { return no_groups() };
     // Here and not on a thread of the pool: starts that wait for the thaw may hold all of them.
     workload.thaw();
+    services.watchdogs.processes.cancel();
     StatusCode::NO_CONTENT.into_response()
 }
 
@@ -124,17 +161,17 @@ pub(super) async fn freeze_disks(Shared(services): Shared<Services>) -> Response
         return no_disks();
     }
     let generation = state.disks.announce();
+    let until = Instant::now() + DISKS_LIMIT;
     let watched = Arc::clone(&state);
     // Set before anything stops, and not by the request: its client may leave meanwhile.
-    state.tasks.spawn(async move {
-        tokio::time::sleep(DISKS_LIMIT).await;
+    services.watchdogs.disks.set(&services.state.tasks, DISKS_LIMIT, move || {
         if watched.disks.thaw_if(generation) {
             tracing::warn!("the host stopped the disks and left them; writing goes on");
         }
     });
-    let outcome = task::blocking(move || state.disks.freeze()).await;
+    let outcome = task::blocking(move || state.disks.freeze(until)).await;
     let message = match outcome {
-        Ok(Ok(_)) => return StatusCode::NO_CONTENT.into_response(),
+        Ok(Ok(())) => return StatusCode::NO_CONTENT.into_response(),
         Ok(Err(error)) => format!("failed to {error}"),
         Err(lost) => format!("failed to {lost}"),
     };
@@ -148,6 +185,7 @@ pub(super) async fn thaw_disks(Shared(services): Shared<Services>) -> Response {
     }
     // Here and not on a thread of the pool: uploads that wait for the thaw may hold all of them.
     services.state.disks.thaw();
+    services.watchdogs.disks.cancel();
     StatusCode::NO_CONTENT.into_response()
 }
 
@@ -176,4 +214,28 @@ fn no_groups() -> Response {
 fn no_disks() -> Response {
     let message = "stopping disks is not possible: this daemon serves in host mode";
     json_error(StatusCode::NOT_IMPLEMENTED, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::sync::mpsc;
+
+    #[tokio::test]
+    async fn one_watchdog_waits_and_the_newest_bites() {
+        let (tasks, watchdog) = (task::Group::default(), Watchdog::default());
+        let (sender, mut bites) = mpsc::channel(8);
+        let bite = |name: &'static str| {
+            let sender = sender.clone();
+            move || sender.try_send(name).expect("room for all")
+        };
+        watchdog.set(&tasks, Duration::from_millis(20), bite("replaced"));
+        watchdog.set(&tasks, Duration::from_millis(20), bite("newest"));
+        assert_eq!(bites.recv().await, Some("newest"));
+        watchdog.set(&tasks, Duration::from_millis(20), bite("cancelled"));
+        watchdog.cancel();
+        watchdog.set(&tasks, Duration::from_millis(60), bite("last"));
+        assert_eq!(bites.recv().await, Some("last"));
+        assert!(tasks.close(Duration::from_secs(10)).await, "no watchdog waits on");
+    }
 }

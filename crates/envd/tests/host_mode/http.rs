@@ -43,6 +43,7 @@ async fn init_sets_variables_and_token_and_ignores_replays() {
     assert_eq!(daemon.get("/envs").await.json()["A"], "1");
     assert_eq!(init(json!({ "timestamp": "noon" })).await, 400);
     assert_eq!(init(json!({ "volumeMounts": [{}] })).await, 400);
+    assert_eq!(init(json!({ "caBundle": "any" })).await, 400, "host mode changes no machine");
     assert_eq!(daemon.post("/init", "application/json", "{").await.status.as_u16(), 400);
 
     assert_eq!(init(json!({ "accessToken": "one" })).await, 204);

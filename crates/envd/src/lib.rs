@@ -27,6 +27,7 @@ pub mod workload;
 #[cfg(test)]
 mod fuzz;
 mod sys;
+mod tunnel;
 
 pub use server::serve;
 pub use state::{Settings, State};

@@ -1,12 +1,13 @@
 //! The listener: accepts connections, serves HTTP/1.1 and HTTP/2 on them, and ends them.
 
+use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
 use belljar_daemon::drain::Drained;
-use http::Request;
+use http::{Method, Request, Response};
 use hyper::body::Incoming;
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -18,6 +19,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::http_api::{self, Services};
 use crate::state::State;
+use crate::task::Group;
+use crate::tunnel::Tunnels;
 
 /// How long a connection may sit between requests.
 ///
@@ -55,14 +58,15 @@ pub async fn serve(
     stop: CancellationToken,
 ) -> io::Result<()> {
     let services = Services::new(Arc::clone(&state));
-    let router = http_api::router(&services);
+    let door =
+        Door { router: http_api::router(&services), tunnels: Tunnels::new(Arc::clone(&state)) };
     let outcome = loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => break Ok(()),
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((socket, _)) => serve_connection(&state, socket, router.clone()),
+            Ok((socket, _)) => serve_connection(&state, socket, door.clone()),
             Err(error) if is_about_one_connection(&error) => {}
             Err(error) if is_exhaustion(&error) => {
                 tracing::warn!(%error, "failed to accept a connection; trying again");
@@ -78,7 +82,32 @@ pub async fn serve(
     outcome
 }
 
-fn serve_connection(state: &Arc<State>, socket: TcpStream, router: axum::Router) {
+/// Where requests go.
+#[derive(Clone)]
+struct Door {
+    router: axum::Router,
+    tunnels: Tunnels,
+}
+
+impl Door {
+    async fn answer(
+        self,
+        request: Request<Incoming>,
+        own_port: u16,
+        tasks: Group,
+    ) -> Result<Response<Body>, Infallible> {
+        if request.method() == Method::CONNECT {
+            return Ok(self.tunnels.answer(request, own_port).await);
+        }
+        // A handler that refuses an upload leaves the rest of it on the connection.
+        let request = Drained::of(request, tasks).map(Body::new);
+        TowerToHyperService::new(self.router).call(request).await
+    }
+}
+
+fn serve_connection(state: &Arc<State>, socket: TcpStream, door: Door) {
+    // Gone already, or it would have one.
+    let Ok(own_port) = socket.local_addr().map(|address| address.port()) else { return };
     // The connection works without any of these.
     let _ = socket.set_nodelay(true);
     let _ = sockopt::set_tcp_user_timeout(&socket, UNACKNOWLEDGED_LIMIT_MS);
@@ -96,12 +125,10 @@ fn serve_connection(state: &Arc<State>, socket: TcpStream, router: axum::Router)
             .header_read_timeout(IDLE_LIMIT)
             .max_buf_size(READ_MAX_BYTES);
         builder.http2().timer(TokioTimer::new());
-        let router = TowerToHyperService::new(router);
-        // A handler that refuses an upload leaves the rest of it on the connection.
-        let service = service_fn(|request: Request<Incoming>| {
-            router.call(Drained::of(request, tasks.clone()).map(Body::new))
-        });
-        let connection = builder.serve_connection(TokioIo::new(socket), service);
+        let group = tasks.clone();
+        let service =
+            service_fn(move |request| door.clone().answer(request, own_port, group.clone()));
+        let connection = builder.serve_connection_with_upgrades(TokioIo::new(socket), service);
         tokio::select! {
             // Errors here are a client's: it left, or sent no HTTP.
             _ = connection => {}

@@ -13,4 +13,5 @@ mod host_mode {
     mod rights;
     mod tree;
     mod watch;
+    mod tunnel;
 }

@@ -7,6 +7,7 @@ use std::task::{Context, Poll, ready};
 
 use belljar_daemon::OnError;
 use belljar_daemon::drain::Drained;
+use belljar_wire::guest::MAX_TUNNELS;
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, TRANSFER_ENCODING, UPGRADE};
 use http::request::Parts;
@@ -21,6 +22,7 @@ use tracing::debug;
 
 use crate::answers::{self, Failure};
 use crate::catalog::{InFlight, Route, Routes};
+use crate::connect::ConnectError;
 use crate::downstream::{Downstream, Serving};
 use crate::headers;
 use crate::request_body::{ClientBody, GuestBody, Rests};
@@ -147,7 +149,12 @@ impl Visit<'_> {
         }
         let failure = match error {
             Some(ExchangeError::Broken(_)) => Failure::Broken { port: self.port },
-            Some(ExchangeError::Connect(_)) | None => Failure::PortClosed { port: self.port },
+            Some(ExchangeError::Connect(ConnectError::TunnelsFull)) => {
+                Failure::TooManyConnections { limit: MAX_TUNNELS }
+            }
+            Some(ExchangeError::Connect(ConnectError::Port(_))) | None => {
+                Failure::PortClosed { port: self.port }
+            }
         };
         if let Some(error) = error {
             let cause = std::error::Error::source(error).map(ToString::to_string);

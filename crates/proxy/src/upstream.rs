@@ -2,8 +2,6 @@
 
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::io;
-use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,12 +11,14 @@ use http::{Method, Request, Response};
 use hyper::body::{Body as _, Incoming};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 use tracing::debug;
 
 use crate::catalog::Route;
-use crate::connect;
+use crate::connect::{self, ConnectError};
+use crate::guest_socket::GuestSocket;
 use crate::request_body::GuestBody;
 use crate::routing::ENVD_PORT;
 use crate::server::{Config, ScopeExecutor};
@@ -50,7 +50,7 @@ pub(crate) enum Protocol {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ExchangeError {
     #[error("connect to the service")]
-    Connect(#[source] io::Error),
+    Connect(#[source] ConnectError),
     #[error("exchange with the service")]
     Broken(#[source] hyper::Error),
 }
@@ -198,18 +198,20 @@ fn repeatable(request: &Request<GuestBody>) -> Option<Request<GuestBody>> {
     Some(copy)
 }
 
+async fn dial(link: &Link, route: &Route, port: u16) -> Result<TcpStream, ExchangeError> {
+    let limit = link.config.connect_timeout;
+    connect::open(route.target().ip, port, limit).await.map_err(ExchangeError::Connect)
+}
+
 async fn dial_http1(
     link: &Arc<Link>,
     route: &Route,
     port: u16,
 ) -> Result<(http1::SendRequest<GuestBody>, InUse), ExchangeError> {
-    let address = SocketAddr::new(route.target().ip, port);
-    let stream = connect::open(address, link.config.connect_timeout)
-        .await
-        .map_err(ExchangeError::Connect)?;
+    let stream = dial(link, route, port).await?;
     let (sender, connection) = http1::Builder::new()
         .max_buf_size(link.config.max_header_bytes)
-        .handshake(TokioIo::new(stream))
+        .handshake(TokioIo::new(GuestSocket::new(stream)))
         .await
         .map_err(ExchangeError::Broken)?;
     let usage = drive(link, route, port, connection.with_upgrades());
@@ -221,10 +223,7 @@ async fn dial_http2(
     route: &Route,
     port: u16,
 ) -> Result<(http2::SendRequest<GuestBody>, InUse), ExchangeError> {
-    let address = SocketAddr::new(route.target().ip, port);
-    let stream = connect::open(address, link.config.connect_timeout)
-        .await
-        .map_err(ExchangeError::Connect)?;
+    let stream = dial(link, route, port).await?;
     let max_header_bytes = u32::try_from(link.config.max_header_bytes).unwrap_or(u32::MAX);
     let (sender, connection) = http2::Builder::new(ScopeExecutor::new(&link.scope))
         .timer(TokioTimer::new())

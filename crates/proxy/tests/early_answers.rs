@@ -3,25 +3,32 @@
 
 mod support;
 
+use std::convert::Infallible;
+
 use belljar_daemon::OnError;
 use belljar_proxy::Config;
 use bytes::Bytes;
 use futures::SinkExt as _;
-use http_body_util::{BodyExt as _, Full};
+use http_body_util::{BodyExt, StreamBody};
 use hyper::Request;
-use support::{Body, Rig, all_text, channel, data, guest_ip, read_head, soon};
+use hyper::body::Frame;
+use support::{Body, Guest, Rig, all_text, channel, data, guest_ip, read_head, soon, text};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 
 /// More than what the sockets of both sides hold, so that somebody has to read it.
-const UPLOAD_BYTES: usize = 24 << 20;
+const UPLOAD_PIECES: usize = 384;
+const PIECE_BYTES: usize = 64 << 10;
 
 fn post(host: &str, path: &str, body: Body) -> Request<Body> {
     Request::post(path).header("host", host).body(body).expect("a request")
 }
 
 fn upload(host: &str, path: &str) -> Request<Body> {
-    post(host, path, Full::new(Bytes::from(vec![b'x'; UPLOAD_BYTES])).boxed())
+    // In pieces: hyper's client does not notice the end of a large one that was answered early.
+    let piece = Bytes::from(vec![b'x'; PIECE_BYTES]);
+    let pieces = (0..UPLOAD_PIECES).map(move |_| Ok::<_, Infallible>(Frame::data(piece.clone())));
+    post(host, path, BodyExt::boxed(StreamBody::new(futures::stream::iter(pieces))))
 }
 
 #[tokio::test]
@@ -79,5 +86,34 @@ async fn a_connection_that_was_answered_early_serves_nobody_else() {
     soon("the client connection", client.ready()).await.expect("still open");
     let next = soon("an answer", client.send_request(post(&host, "/", support::empty()))).await;
     assert_eq!(all_text(next.expect("an answer")).await, "yes");
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn a_service_that_answers_early_and_hangs_up_is_heard() {
+    let rig = Rig::start(Config::default()).await;
+    let ip = guest_ip();
+    let listener = TcpListener::bind((ip, 0)).await.expect("bind");
+    let id = rig.publish(ip);
+    let host = format!("{}-{id}.d", listener.local_addr().expect("bound").port());
+    rig.scope.spawn("rude service", OnError::FailScope, async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            read_head(&mut stream).await?;
+            stream.write_all(b"HTTP/1.1 413 Much\r\nContent-Length: 2\r\n\r\nno").await?;
+            // Closing with bytes unread resets the connection.
+        }
+        Err(std::io::Error::other("the listener broke"))
+    });
+    let other = Guest::start(&rig, ip, 0, |_| async { text("hello") }).await;
+    let mut client = rig.http1().await;
+    for _ in 0..20 {
+        let refused = soon("an answer", client.send_request(upload(&host, "/"))).await;
+        let refused = refused.expect("an answer");
+        assert_eq!(refused.status(), 413);
+        assert_eq!(all_text(refused).await, "no");
+        soon("the client connection", client.ready()).await.expect("still open");
+    }
+    let next = client.send_request(post(&other.host(&id), "/", support::empty())).await;
+    assert_eq!(all_text(next.expect("an answer")).await, "hello");
     rig.stop().await;
 }

@@ -34,6 +34,10 @@ pub const LOG_TEXT_MAX_BYTES: usize = 4096;
 /// Longest name of a command in a log line, in bytes of UTF-8.
 pub const LOG_COMMAND_MAX_BYTES: usize = 256;
 
+/// Connections to servers on the guest's loopback that its daemon carries at a time; one more gets
+/// 429, and the proxy tells the client. Two descriptors and 32 KiB each.
+pub const MAX_TUNNELS: usize = 512;
+
 /// What the host says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]

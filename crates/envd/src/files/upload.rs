@@ -39,6 +39,9 @@ const UPLOADS_MAX: usize = 128;
 /// How long one more waits for its turn.
 const TURN_LIMIT: Duration = Duration::from_secs(30);
 
+/// Received before the old file is touched, bytes; each upload may hold that much, and one piece.
+const HELD_BACK_BYTES: usize = 128 * 1024;
+
 /// Written between two looks at how much the disk still takes, bytes.
 const SPACE_CHECK_BYTES: u64 = 16 * 1024 * 1024;
 
@@ -305,9 +308,10 @@ fn write_blocking(
     if let Some(parent) = path.parent() {
         check_space(parent, target.announced)?;
     }
+    let (early, pieces) = hold_back(pieces)?;
     let Opened { mut file, place, is_new } =
         reach::open_to_write(path, &target.user).map_err(|error| refuse(path, &error))?;
-    let filled = fill(&mut file, path, target, pieces);
+    let filled = fill(&mut file, path, target, early, pieces);
     if filled.is_err() {
         // Half of a file would look like a whole one, and keep a full disk full.
         if is_new {
@@ -319,11 +323,37 @@ fn write_blocking(
     filled
 }
 
+/// Takes what comes first. An upload that ends within that, as most do, has come whole before it
+/// touches what is there: when it is cut off or damaged, the old file stays. A longer one replaces
+/// the old file as it comes; one file beside the other would lose what others hold of it, its
+/// links, watchers and readers, and need the disk twice.
+fn hold_back(
+    mut pieces: mpsc::Receiver<Piece>,
+) -> Result<(Vec<Bytes>, Option<mpsc::Receiver<Piece>>), Refusal> {
+    let (mut early, mut held_bytes) = (Vec::new(), 0);
+    while held_bytes < HELD_BACK_BYTES {
+        match pieces.blocking_recv() {
+            Some(Piece::Data(bytes)) => {
+                held_bytes += bytes.len();
+                early.push(bytes);
+            }
+            Some(Piece::End) => return Ok((early, None)),
+            None => return Err(cut_off()),
+        }
+    }
+    Ok((early, Some(pieces)))
+}
+
+fn cut_off() -> Refusal {
+    Refusal::bad_request("the upload was cut off")
+}
+
 fn fill(
     file: &mut File,
     path: &Path,
     target: &Target,
-    mut pieces: mpsc::Receiver<Piece>,
+    early: Vec<Bytes>,
+    mut pieces: Option<mpsc::Receiver<Piece>>,
 ) -> Result<Written, Refusal> {
     let refused = |error: io::Error| refuse(path, &error);
     let kind = file.metadata().map_err(refused)?.file_type();
@@ -332,8 +362,11 @@ fn fill(
         let message = format!("path '{}' is not a regular file", path.display());
         return Err(Refusal::bad_request(message));
     }
+    for bytes in early {
+        file.write_all(&bytes).map_err(refused)?;
+    }
     let mut unchecked_bytes = 0;
-    loop {
+    while let Some(pieces) = &mut pieces {
         match pieces.blocking_recv() {
             Some(Piece::Data(bytes)) => {
                 file.write_all(&bytes).map_err(refused)?;
@@ -344,7 +377,7 @@ fn fill(
                 }
             }
             Some(Piece::End) => break,
-            None => return Err(Refusal::bad_request("the upload was cut off")),
+            None => return Err(cut_off()),
         }
     }
     file.flush().map_err(refused)?;

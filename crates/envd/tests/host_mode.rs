@@ -6,12 +6,13 @@ mod host_mode {
     mod connection;
     mod edges;
     mod files;
-    mod hostile;
     mod freeze;
+    mod hostile;
     mod http;
+    mod load;
     mod process;
     mod rights;
     mod tree;
-    mod watch;
     mod tunnel;
+    mod watch;
 }

@@ -27,19 +27,35 @@ impl Channel {
         Ok(Channel { fd: sys::watch_descriptor(fd, interest)? })
     }
 
-    /// Reads what is there, at least one byte; 0 is the end. Cancel-safe.
+    /// Appends what is there, at least one byte and at most `most`, to `buffer`; 0 is the end.
+    /// Cancel-safe.
     ///
     /// # Errors
     /// As `read(2)`, except that a terminal whose other side is closed counts as its end.
-    pub(super) async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+    pub(super) async fn read(&self, buffer: &mut Vec<u8>, most: usize) -> io::Result<usize> {
+        buffer.reserve_exact(most);
         let outcome = self
             .fd
-            .async_io(Interest::READABLE, |fd| Ok(rustix::io::read(fd, &mut *buffer)?))
+            .async_io(Interest::READABLE, |fd| {
+                Ok(rustix::io::read(fd, rustix::buffer::spare_capacity(buffer))?)
+            })
             .await;
         match outcome {
             Err(error) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => Ok(0),
             outcome => outcome,
         }
+    }
+
+    /// Bytes that could be read without waiting, as far as the kernel tells.
+    pub(super) fn waiting_bytes(&self) -> u64 {
+        rustix::io::ioctl_fionread(self.fd.as_fd()).unwrap_or(0)
+    }
+
+    /// Lets the pipe hold `bytes`, so that its writer and this daemon wait less for each other. The
+    /// kernel takes no memory for room that is not used.
+    pub(super) fn widen(&self, bytes: usize) {
+        // Refused beyond the user's limit; then it stays as it is.
+        let _ = rustix::pipe::fcntl_setpipe_size(self.fd.as_fd(), bytes);
     }
 
     /// Writes everything. Not cancel-safe: a part may have been written.

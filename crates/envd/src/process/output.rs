@@ -3,12 +3,18 @@
 //! Each subscriber has a short queue. The process's output is read only as fast as the slowest
 //! subscriber takes it, so memory stays bounded; one that is gone is dropped. Output nobody
 //! listens to is in the sandbox's log at most.
+//!
+//! The output ends with the process, not with whatever it left in the background: all it wrote
+//! itself is delivered, and what its helpers add within a moment. What comes later is read and
+//! thrown away, for as long as somebody writes: a full or broken pipe would stop or kill the
+//! program a user left running on purpose. The log has that too.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use super::channel::Channel;
 use super::log_tap::LogStream;
@@ -16,6 +22,15 @@ use crate::children::Ended;
 
 /// Pieces of output a subscriber may lag behind.
 const QUEUE_PIECES: usize = 16;
+
+/// How long, in all, the output of a process that has ended is waited for. Long enough for the last
+/// words of what it piped into (`exec > >(tee log)`), short enough for a command that leaves a
+/// server behind to answer promptly.
+const TAIL_LIMIT: Duration = Duration::from_millis(500);
+
+/// Most bytes taken beyond those that were there when the process ended: more than a helper can
+/// hold in a pipe of its own, and an end to one that never stops writing.
+const TAIL_MAX_BYTES: u64 = 1024 * 1024;
 
 /// A piece of output.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -161,28 +176,44 @@ impl Hub {
         Subscription { queue: Some(receiver), end: None }
     }
 
-    /// Whether the end was announced.
-    pub(super) fn has_ended(&self) -> bool {
-        self.lock().end.is_some()
-    }
-
-    /// Reads until the channel ends and gives every piece to every subscriber and to the log.
-    pub(super) async fn pump(&self, channel: &Channel, source: Source, mut log: LogStream) {
-        let mut buffer = vec![0; source.piece_max_bytes()];
-        loop {
-            match channel.read(&mut buffer).await {
-                Ok(0) => return,
-                Ok(length) => {
-                    log.take(&buffer[..length]);
-                    let piece = Bytes::copy_from_slice(&buffer[..length]);
-                    self.publish(Event::Output(source.output(piece))).await;
-                }
-                Err(error) => {
-                    tracing::warn!(%error, ?source, "failed to read a process's output");
-                    return;
-                }
+    /// Reads the channel to its end and gives every piece to the log and every subscriber, until the process
+    /// has `exited` and its output was taken; then drops `behind` and throws the rest away.
+    pub(super) async fn pump(
+        &self,
+        channel: &Channel,
+        source: Source,
+        exited: &CancellationToken,
+        behind: mpsc::Sender<()>,
+        log: LogStream,
+    ) {
+        let mut pieces = Pieces::new(channel, source, log);
+        while !exited.is_cancelled() {
+            tokio::select! {
+                biased;
+                piece = pieces.next() => match piece {
+                    Some(piece) => self.publish(Event::Output(source.output(piece))).await,
+                    None => return,
+                },
+                () = exited.cancelled() => {}
             }
         }
+        // Only waiting counts against the time: a slow subscriber costs the output nothing.
+        let mut patience = TAIL_LIMIT;
+        let mut left_bytes = channel.waiting_bytes() + TAIL_MAX_BYTES;
+        while left_bytes > 0 {
+            let began = Instant::now();
+            match tokio::time::timeout(patience, pieces.next()).await {
+                Ok(Some(piece)) => {
+                    patience = patience.saturating_sub(began.elapsed());
+                    left_bytes = left_bytes.saturating_sub(piece.len() as u64);
+                    self.publish(Event::Output(source.output(piece))).await;
+                }
+                Ok(None) => return,
+                Err(_) => break,
+            }
+        }
+        drop(behind);
+        while pieces.next().await.is_some() {}
     }
 
     /// Ends at once for everyone who asks, and returns the announcement to those who listen.
@@ -218,6 +249,41 @@ impl Hub {
     }
 }
 
+/// Reads a channel piece by piece, and tells the log.
+struct Pieces<'a> {
+    channel: &'a Channel,
+    source: Source,
+    log: LogStream,
+    buffer: Vec<u8>,
+}
+
+impl Pieces<'_> {
+    fn new(channel: &Channel, source: Source, log: LogStream) -> Pieces<'_> {
+        Pieces { channel, source, log, buffer: Vec::new() }
+    }
+
+    /// The next piece; `None` is the end. Cancel-safe.
+    async fn next(&mut self) -> Option<Bytes> {
+        let most = self.source.piece_max_bytes();
+        self.buffer.clear();
+        let outcome = self.channel.read(&mut self.buffer, most).await;
+        if !self.buffer.is_empty() {
+            self.log.take(&self.buffer);
+        }
+        match outcome {
+            Ok(0) => None,
+            // A piece that fills the buffer travels on in it. A short one is copied, so that many
+            // of them waiting weigh no more than they hold.
+            Ok(length) if length > most / 2 => Some(std::mem::take(&mut self.buffer).into()),
+            Ok(_) => Some(Bytes::copy_from_slice(&self.buffer)),
+            Err(error) => {
+                tracing::warn!(%error, source = ?self.source, "failed to read a process's output");
+                None
+            }
+        }
+    }
+}
+
 impl Subscription {
     /// The next thing, or silence after `patience`. Cancel-safe.
     pub(super) async fn next(&mut self, patience: Duration) -> Next {
@@ -225,7 +291,12 @@ impl Subscription {
             return Next::End(end);
         }
         let Some(queue) = &mut self.queue else { return Next::Closed };
-        match tokio::time::timeout(patience, queue.recv()).await {
+        // The timer is for silence: what waits already needs none.
+        let waiting = match queue.try_recv() {
+            Ok(event) => Ok(Some(event)),
+            Err(_) => tokio::time::timeout(patience, queue.recv()).await,
+        };
+        match waiting {
             Ok(Some(Event::Output(output))) => Next::Output(output),
             Ok(Some(Event::End(end))) => {
                 self.queue = None;
@@ -300,5 +371,45 @@ mod tests {
         drop(slow);
         hub.publish(piece("x")).await;
         assert!(hub.lock().queues.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_slow_subscriber_gets_all_that_waits_at_the_end_and_the_rest_is_drained() {
+        const WAITING: usize = 1 << 20;
+        let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
+        rustix::pipe::fcntl_setpipe_size(&writer, WAITING).expect("the usual limit");
+        std::io::Write::write_all(
+            &mut std::fs::File::from(writer.try_clone().expect("a copy")),
+            &vec![b'x'; WAITING],
+        )
+        .expect("all of it fits");
+        let channel = Channel::new(reader, tokio::io::Interest::READABLE).expect("a pipe");
+        let (hub, exited) = (Hub::default(), CancellationToken::new());
+        let mut slow = hub.subscribe();
+        exited.cancel();
+        let (behind, mut caught_up) = mpsc::channel::<()>(1);
+        let pump = hub.pump(&channel, Source::Stdout, &exited, behind);
+        let listen = async {
+            // The stall itself: longer than the end waits for anything but the subscriber.
+            tokio::time::sleep(TAIL_LIMIT * 2).await;
+            let mut taken = 0;
+            while taken < WAITING {
+                match slow.next(SOON).await {
+                    Next::Output(Output::Stdout(bytes)) => taken += bytes.len(),
+                    other => panic!("{other:?} after {taken} bytes"),
+                }
+            }
+            // The writer's end is still open, and the pump says that it has caught up.
+            assert_eq!(caught_up.recv().await, None);
+            drop(slow);
+            let mut writer = std::fs::File::from(writer);
+            tokio::task::spawn_blocking(move || {
+                std::io::Write::write_all(&mut writer, &vec![b'y'; 3 * WAITING])
+            })
+            .await
+            .expect("no panic")
+            .expect("what comes later is read on");
+        };
+        tokio::time::timeout(SOON, async { tokio::join!(pump, listen) }).await.expect("in time");
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use belljar_wire::rpc::process::{ProcessConfig, ProcessInfo};
 use rustix::process::Signal;
 use tokio::io::Interest;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::channel::Channel;
@@ -23,9 +23,8 @@ use crate::task;
 /// Source: `contract/e2b-wire.md` section 2.3.
 const KEPT_AFTER_END: Duration = Duration::from_secs(30);
 
-/// How long the output of a killed process is read on, when something outside its group still
-/// holds it open.
-const READ_AFTER_KILL: Duration = Duration::from_secs(2);
+/// What an output pipe may hold. Twice this is no faster, half is slower.
+const PIPE_BYTES: usize = 256 * 1024;
 
 /// One process.
 #[derive(Debug)]
@@ -33,13 +32,13 @@ pub(super) struct Process {
     pub(super) pid: u32,
     pub(super) tag: Option<String>,
     pub(super) config: ProcessConfig,
-    pub(super) hub: Hub,
+    pub(super) hub: Arc<Hub>,
     /// `None` when its standard input is the null device.
     pub(super) input: Option<Input>,
     /// `None` when it has pipes.
     pub(super) terminal: Option<Arc<Channel>>,
-    /// Cancelled with the end.
-    ended: CancellationToken,
+    /// Cancelled when it is gone. Its end is announced once its output was taken.
+    exited: CancellationToken,
 }
 
 /// What of a start request is remembered.
@@ -79,10 +78,8 @@ impl Registry {
         });
         let Attached { sources, input, terminal } = attached.map_err(StartError::Streams)?;
         let Label { config, tag } = label;
-        let hub = Hub::default();
-        let ended_token = CancellationToken::new();
-        let process =
-            Arc::new(Process { pid, tag, config, hub, input, terminal, ended: ended_token });
+        let (hub, exited) = (Arc::new(Hub::default()), CancellationToken::new());
+        let process = Arc::new(Process { pid, tag, config, hub, input, terminal, exited });
         let subscription = process.hub.subscribe();
         self.lock().insert(pid, Arc::clone(&process));
         let run = follow(Arc::clone(self), Arc::clone(&process), sources, ended, deadline);
@@ -99,13 +96,13 @@ impl Registry {
     pub(super) fn by_tag(&self, tag: &str) -> Option<Arc<Process>> {
         let processes = self.lock();
         let tagged = || processes.values().filter(|process| process.tag.as_deref() == Some(tag));
-        tagged().find(|process| !process.hub.has_ended()).or_else(|| tagged().next()).cloned()
+        tagged().find(|process| !process.has_exited()).or_else(|| tagged().next()).cloned()
     }
 
     /// The running ones.
     pub(super) fn list(&self) -> Vec<ProcessInfo> {
         let processes = self.lock();
-        let running = processes.values().filter(|process| !process.hub.has_ended());
+        let running = processes.values().filter(|process| !process.has_exited());
         let info = |process: &Arc<Process>| ProcessInfo {
             config: Some(process.config.clone()).into(),
             pid: process.pid,
@@ -137,10 +134,15 @@ impl Registry {
 }
 
 impl Process {
-    /// Waits for the end, at most `limit`. Cancel-safe.
-    pub(super) async fn wait_for_end(&self, limit: Duration) {
+    /// Whether it is gone.
+    pub(super) fn has_exited(&self) -> bool {
+        self.exited.is_cancelled()
+    }
+
+    /// Waits until it is gone, at most `limit`. Cancel-safe.
+    pub(super) async fn wait_for_exit(&self, limit: Duration) {
         // Who asked goes on either way.
-        let _ = tokio::time::timeout(limit, self.ended.cancelled()).await;
+        let _ = tokio::time::timeout(limit, self.exited.cancelled()).await;
     }
 
     /// Sends a signal. SIGKILL goes to the whole group: a shell cannot take its jobs along.
@@ -162,6 +164,7 @@ fn attach(tasks: &task::Group, ends: Ends) -> std::io::Result<Attached> {
         Ends::Pipes { stdin, stdout, stderr } => {
             let stdout = Arc::new(Channel::new(stdout, Interest::READABLE)?);
             let stderr = Arc::new(Channel::new(stderr, Interest::READABLE)?);
+            stdout.widen(PIPE_BYTES);
             let stdin = stdin.map(|fd| Channel::new(fd, Interest::WRITABLE)).transpose()?;
             Ok(Attached {
                 sources: vec![(stdout, Source::Stdout), (stderr, Source::Stderr)],
@@ -183,9 +186,8 @@ fn attach(tasks: &task::Group, ends: Ends) -> std::io::Result<Attached> {
 
 /// Carries a process's output, waits for its end and announces it, and forgets it later.
 ///
-/// The end is announced once the process is gone *and* its output is read to the end: a program
-/// it left in the background may still write. A deadline ends that wait too; what still runs in
-/// the background then stays, and its output is read and dropped.
+/// The end is announced once the process is gone and what it wrote was taken, whatever it left in
+/// the background: see [`super::output`].
 async fn follow(
     registry: Arc<Registry>,
     process: Arc<Process>,
@@ -193,47 +195,32 @@ async fn follow(
     mut ended: oneshot::Receiver<Ended>,
     deadline: Option<Instant>,
 ) {
-    let (all_read, mut reading) = tokio::sync::mpsc::channel::<()>(1);
+    let (behind, mut caught_up) = mpsc::channel::<()>(1);
     let log = registry.state.logs.process(process.pid, &process.config);
     for (channel, source) in sources {
-        let (process, all_read) = (Arc::clone(&process), all_read.clone());
-        let log = log.stream(source);
+        let (hub, exited) = (Arc::clone(&process.hub), process.exited.clone());
+        let (behind, log) = (behind.clone(), log.stream(source));
         registry.state.tasks.spawn(async move {
-            process.hub.pump(&channel, source, log).await;
-            drop(all_read);
+            hub.pump(&channel, source, &exited, behind, log).await;
         });
     }
-    drop(all_read);
-    let past_deadline = async {
-        match deadline {
-            Some(at) => tokio::time::sleep_until(at.into()).await,
-            None => std::future::pending().await,
-        }
+    drop(behind);
+    let ended = match deadline {
+        None => ended.await.ok(),
+        Some(at) => match tokio::time::timeout_at(at.into(), &mut ended).await {
+            Ok(ended) => ended.ok(),
+            Err(_) => {
+                process.signal(Signal::KILL);
+                ended.await.ok()
+            }
+        },
     };
-    tokio::pin!(past_deadline);
-    let mut overdue = false;
-    let ended = tokio::select! {
-        biased;
-        ended = &mut ended => ended.ok(),
-        () = &mut past_deadline => {
-            overdue = true;
-            process.signal(Signal::KILL);
-            ended.await.ok()
-        }
-    };
-    let killed = overdue || matches!(ended, Some(Ended::Killed { .. }));
-    tokio::select! {
-        biased;
-        // Nothing is ever sent: this is `None` once every pump has dropped its sender.
-        _ = reading.recv() => {}
-        () = tokio::time::sleep(READ_AFTER_KILL), if killed => {}
-        () = &mut past_deadline, if !overdue => {}
-    }
+    process.exited.cancel();
+    // Nothing is ever sent: this is `None` once every pump has dropped its sender.
+    let _ = caught_up.recv().await;
     let end = End::new(ended);
     log.ended(&end);
-    let announced = process.hub.finish(end);
-    process.ended.cancel();
-    announced.await;
+    process.hub.finish(end).await;
     tokio::time::sleep(KEPT_AFTER_END).await;
     registry.forget(&process);
 }

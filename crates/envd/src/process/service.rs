@@ -3,29 +3,24 @@
 //! Source of behaviour and texts: `contract/e2b-wire.md` section 2.3.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use belljar_wire::rpc::process::process_event::data_event::Output as WireOutput;
-use belljar_wire::rpc::process::process_event::{
-    DataEvent, EndEvent, Event, KeepAlive, StartEvent,
-};
 use belljar_wire::rpc::process::process_input::Input as WireInput;
 use belljar_wire::rpc::process::process_selector::Selector;
 use belljar_wire::rpc::process::stream_input_request::Event as InputEvent;
 use belljar_wire::rpc::process::{
-    CloseStdinRequest, CloseStdinResponse, ConnectRequest, ConnectResponse, ListRequest,
-    ListResponse, PTY, Process as ProcessRpc, ProcessEvent, ProcessInput, ProcessSelector,
-    SendInputRequest, SendInputResponse, SendSignalRequest, SendSignalResponse, Signal,
-    StartRequest, StartResponse, StreamInputRequest, StreamInputResponse, UpdateRequest,
-    UpdateResponse,
+    CloseStdinRequest, CloseStdinResponse, ConnectRequest, ListRequest, ListResponse, PTY,
+    Process as ProcessRpc, ProcessInput, ProcessSelector, SendInputRequest, SendInputResponse,
+    SendSignalRequest, SendSignalResponse, Signal, StartRequest, StreamInputRequest,
+    StreamInputResponse, UpdateRequest, UpdateResponse,
 };
 use connectrpc::{
     ConnectError, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult,
     ServiceStream,
 };
-use futures::stream::{self, Stream, StreamExt as _};
+use futures::stream::StreamExt as _;
 
-use super::output::{End, Next, Output, Subscription};
+use super::events::{Message, events, is_overdue};
 use super::registry::{Label, Process, Registry};
 use super::start::{Program, StartError, Streams};
 use crate::accounts::User;
@@ -72,7 +67,7 @@ impl ProcessService {
         selector: Option<&ProcessSelector>,
     ) -> Result<Arc<Process>, ConnectError> {
         let process = self.find(selector)?;
-        if process.hub.has_ended() {
+        if process.has_exited() {
             let message = format!("process with pid {} not found: it has ended", process.pid);
             return Err(ConnectError::not_found(message));
         }
@@ -94,20 +89,18 @@ impl ProcessRpc for ProcessService {
         &self,
         ctx: RequestContext,
         request: ServiceRequest<'_, ConnectRequest>,
-    ) -> ServiceResult<ServiceStream<ConnectResponse>> {
+    ) -> ServiceResult<ServiceStream<Message>> {
         let request = request.to_owned_message();
         let process = self.find(request.process.as_option())?;
         let events = events(process.pid, process.hub.subscribe(), keepalive(&ctx));
-        Response::stream_ok(events.map(|event| {
-            Ok(ConnectResponse { event: Some(event).into(), ..ConnectResponse::default() })
-        }))
+        Response::stream_ok(events.map(Ok))
     }
 
     async fn start(
         &self,
         ctx: RequestContext,
         request: ServiceRequest<'_, StartRequest>,
-    ) -> ServiceResult<ServiceStream<StartResponse>> {
+    ) -> ServiceResult<ServiceStream<Message>> {
         let user = caller(&ctx)?;
         let (program, label) = program(&self.registry, user, request.to_owned_message())?;
         let (registry, deadline) = (Arc::clone(&self.registry), ctx.deadline());
@@ -117,13 +110,9 @@ impl ProcessRpc for ProcessService {
         let (process, subscription) =
             started.map_err(|lost| ConnectError::internal(lost.to_string()))?.map_err(refusal)?;
         let events = events(process.pid, subscription, keepalive(&ctx));
-        Response::stream_ok(events.map(move |event| {
-            if is_overdue(&event, deadline) {
-                return Err(ConnectError::deadline_exceeded(
-                    "the process was killed at its deadline",
-                ));
-            }
-            Ok(StartResponse { event: Some(event).into(), ..StartResponse::default() })
+        Response::stream_ok(events.map(move |message| match is_overdue(&message, deadline) {
+            true => Err(ConnectError::deadline_exceeded("the process was killed at its deadline")),
+            false => Ok(message),
         }))
     }
 
@@ -206,7 +195,7 @@ impl ProcessRpc for ProcessService {
         }
         if signal == rustix::process::Signal::KILL {
             // Clients take the answer for the end and ask again at once.
-            process.wait_for_end(KILL_ANSWER_LIMIT).await;
+            process.wait_for_exit(KILL_ANSWER_LIMIT).await;
         }
         Response::ok(SendSignalResponse::default())
     }
@@ -282,6 +271,13 @@ fn refusal(error: StartError) -> ConnectError {
             tracing::warn!(error = %source, "failed to open a process's streams");
             ConnectError::internal(format!("failed to {error}: {source}"))
         }
+        StartError::Run { source, .. } if source.raw_os_error() == Some(libc::E2BIG) => {
+            ConnectError::invalid_argument(format!(
+                "failed to {error}: the kernel takes less than 128 KiB in one argument or \
+                 environment variable, and a quarter of the stack limit (commonly 2 MiB) in all; \
+                 send more by standard input or as a file"
+            ))
+        }
         StartError::Run { .. } => {
             let cause = error.source().map(ToString::to_string).unwrap_or_default();
             ConnectError::invalid_argument(format!("failed to {error}: {cause}"))
@@ -329,49 +325,4 @@ pub(crate) fn keepalive(ctx: &RequestContext) -> Duration {
         Some(seconds) if seconds > 0 => Duration::from_secs(seconds),
         _ => KEEPALIVE_DEFAULT,
     }
-}
-
-/// The events of one stream: the start, then what the subscription yields, until the end.
-fn events(
-    pid: u32,
-    subscription: Subscription,
-    keepalive: Duration,
-) -> impl Stream<Item = ProcessEvent> + Send + 'static {
-    let start = event(StartEvent { pid, ..StartEvent::default() });
-    let rest = stream::unfold(subscription, move |mut subscription| async move {
-        let next = match subscription.next(keepalive).await {
-            Next::Output(output) => event(data_event(output)),
-            Next::Silence => event(KeepAlive::default()),
-            Next::End(end) => event(end_event(end)),
-            Next::Closed => return None,
-        };
-        Some((next, subscription))
-    });
-    stream::once(std::future::ready(start)).chain(rest)
-}
-
-fn event(event: impl Into<Event>) -> ProcessEvent {
-    ProcessEvent { event: Some(event.into()), ..ProcessEvent::default() }
-}
-
-fn data_event(output: Output) -> DataEvent {
-    let output = match output {
-        Output::Stdout(bytes) => WireOutput::Stdout(bytes.into()),
-        Output::Stderr(bytes) => WireOutput::Stderr(bytes.into()),
-        Output::Terminal(bytes) => WireOutput::Pty(bytes.into()),
-    };
-    DataEvent { output: Some(output), ..DataEvent::default() }
-}
-
-/// Whether this is the end of a process that its caller's deadline killed. The caller hears of the
-/// deadline instead of the kill: clients tell "took too long" from "failed" by it. Others who
-/// listen see the plain end.
-fn is_overdue(event: &ProcessEvent, deadline: Option<Instant>) -> bool {
-    let killed = matches!(&event.event, Some(Event::End(end)) if !end.exited);
-    killed && deadline.is_some_and(|at| Instant::now() >= at)
-}
-
-fn end_event(end: End) -> EndEvent {
-    let End { exit_code, exited, status, error } = end;
-    EndEvent { exit_code, exited, status, error, ..EndEvent::default() }
 }

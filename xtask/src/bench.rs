@@ -2,6 +2,13 @@
 //!
 //! Nothing here is a test: the figures go to `docs/performance.md` with their conditions.
 
+mod envelopes;
+mod http;
+mod native;
+mod peers;
+mod report;
+
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -14,6 +21,11 @@ use crate::setup::{self, BuildKind, Goal, belljar_program};
 
 /// Nine rounds of one and three of ten, each twice, on an emulated CPU.
 const LIMIT: Duration = Duration::from_secs(900);
+
+/// Times the guest daemon alone, without a sandbox. `false` if a target was missed.
+pub(crate) fn envd(places: &Places, program: Option<PathBuf>, only: &[String]) -> Result<bool> {
+    native::run(places, program, only)
+}
 
 /// `false` if a target was missed or the benchmark did not run.
 pub(crate) fn run(places: &Places, build: BuildKind) -> Result<bool> {

@@ -18,6 +18,7 @@ mod test_run;
 mod tidy;
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -55,11 +56,25 @@ enum Verb {
         /// Bench the unoptimised build: quicker to build, not what users run.
         #[arg(long)]
         dev: bool,
+        #[command(subcommand)]
+        only: Option<BenchOnly>,
     },
     /// What must be clean before a commit: formatting, clippy without warnings, tidy.
     Check,
     /// Only the project's own rules: layers, file sizes, names, stray paths and hosts.
     Tidy,
+}
+
+#[derive(Subcommand)]
+enum BenchOnly {
+    /// Time the guest daemon alone, on this machine, against nginx and bare mechanisms.
+    Envd {
+        /// A daemon built already; without it the shipped form is built.
+        #[arg(long)]
+        program: Option<PathBuf>,
+        /// Only these of: weights, commands, streams, downloads, uploads.
+        parts: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -87,7 +102,10 @@ fn run(verb: Verb) -> Result<bool> {
             setup::run(&places, &Goal { build, data: places.demo_data() })?;
             Ok(true)
         }
-        Verb::Bench { dev } => bench::run(&places, BuildKind::from_release(!dev)),
+        Verb::Bench { only: Some(BenchOnly::Envd { program, parts }), .. } => {
+            bench::envd(&places, program, &parts)
+        }
+        Verb::Bench { dev, only: None } => bench::run(&places, BuildKind::from_release(!dev)),
         Verb::Check => check::run(&places),
         Verb::Tidy => Ok(tidy::run(&places)?.is_clean()),
     }

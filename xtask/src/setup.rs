@@ -108,6 +108,38 @@ const STEPS: &[Step] = &[
     },
 ];
 
+/// What the native benchmark of the guest daemon needs.
+const NATIVE_BENCH_STEPS: &[Step] = &[
+    Step {
+        name: "bench-packages",
+        why: "Debian packages the guest daemon is compared with",
+        needs: &[],
+        fix: "run `apt-get update` by hand and read what it says, then try again",
+        run: packages::install_for_native_bench,
+    },
+    Step {
+        name: "envd",
+        why: "the static daemon inside every sandbox",
+        needs: &[],
+        fix: "the compiler's message is above",
+        run: binaries::envd,
+    },
+];
+
+/// Runs the steps of the native benchmark only. The caller holds the cache's lock.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn for_native_bench(places: &Places) -> Result<()> {
+    std::fs::create_dir_all(places.assets())?;
+    let goal = Goal { build: BuildKind::Release, data: places.test_data() };
+    steps::run_all(NATIVE_BENCH_STEPS, places, &goal).map_err(|failure| {
+        failure.show();
+        anyhow::Error::from(SetupFailed)
+    })?;
+    Ok(())
+}
+
 /// Runs every step. The caller holds the cache's lock.
 ///
 /// # Errors

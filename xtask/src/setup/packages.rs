@@ -47,19 +47,32 @@ const PACKAGES: &[Package] = &[
     any("openssl", "certificate for the previous SDK, which speaks TLS only"),
 ];
 
+/// What only the native benchmark needs.
+const NATIVE_BENCH_PACKAGES: &[Package] =
+    &[any("nginx-light", "serves the same files as the guest daemon in its benchmark")];
+
 /// Installs what is missing, saying which and why.
 pub(super) fn install(context: &StepContext<'_>) -> Result<Outcome, StepError> {
-    let names = PACKAGES.iter().map(|package| package.name);
+    install_all(context, PACKAGES)
+}
+
+/// As [`install`], for the native benchmark.
+pub(super) fn install_for_native_bench(context: &StepContext<'_>) -> Result<Outcome, StepError> {
+    install_all(context, NATIVE_BENCH_PACKAGES)
+}
+
+fn install_all(context: &StepContext<'_>, packages: &[Package]) -> Result<Outcome, StepError> {
+    let names = packages.iter().map(|package| package.name);
     let installed = Installed::read(names)
         .or_fix("Belljar sets up Debian machines only: dpkg-query must work")?;
     let mut missing = Vec::new();
-    for package in PACKAGES {
+    for package in packages {
         if !installed.satisfies(package)? {
             missing.push(package);
         }
     }
     if missing.is_empty() {
-        return Ok(Outcome::Cached(format!("all {} packages are installed", PACKAGES.len())));
+        return Ok(Outcome::Cached(format!("all {} packages are installed", packages.len())));
     }
     for package in &missing {
         let version = package.minimum.map(|least| format!(" >= {least}")).unwrap_or_default();

@@ -12,6 +12,7 @@ pub mod path;
 mod ranges;
 mod reach;
 mod relocate;
+mod sending;
 pub mod service;
 mod tree;
 pub mod upload;

@@ -19,11 +19,9 @@ use http::header::{
     RANGE, VARY,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use tokio::io::AsyncReadExt as _;
-use tokio_util::io::ReaderStream;
 
 use super::ranges::{self, Selection};
-use super::{FilesQuery, Refusal, authorise, entry, gzip, metadata, path, reach};
+use super::{FilesQuery, Refusal, authorise, entry, gzip, metadata, path, reach, sending};
 use crate::accounts::User;
 use crate::auth::Operation;
 use crate::state::State;
@@ -285,9 +283,7 @@ fn respond(found: Found, compress: bool) -> Response {
 }
 
 fn stream(first: Bytes, file: File, rest: u64) -> Body {
-    let rest = tokio::fs::File::from_std(file).take(rest);
-    let rest = ReaderStream::with_capacity(rest, PIECE_BYTES);
-    Body::from_stream(futures::stream::once(std::future::ready(Ok(first))).chain(rest))
+    Body::from_stream(sending::pieces(first, file, rest))
 }
 
 fn encode(body: Body) -> Body {

@@ -33,8 +33,11 @@ def say(line):
 
 
 class Suite:
-    def __init__(self, prefix):
+    def __init__(self, prefix, on_server=True):
+        """`on_server` is false for a suite that talks to a daemon of its own: there are no
+        settings to look for, and no sandboxes to clean up."""
         self.prefix = prefix
+        self.on_server = on_server
         self.tag = f"{prefix}-{uuid.uuid4().hex[:12]}"
         self.failed = 0
         self._threads = []
@@ -44,8 +47,9 @@ class Suite:
         return {"run": self.tag}
 
     def __enter__(self):
-        for name in ("E2B_API_KEY", "E2B_API_URL", "E2B_SANDBOX_URL"):
-            raw.setting(name)
+        if self.on_server:
+            for name in ("E2B_API_KEY", "E2B_API_URL", "E2B_SANDBOX_URL"):
+                raw.setting(name)
         # A polite kill unwinds like an exception, so that the clean-up below runs.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         return self
@@ -53,7 +57,8 @@ class Suite:
     def __exit__(self, kind, error, trace):
         if error is not None and not isinstance(error, SystemExit):
             self._fail("suite", error)
-        self._kill_all()
+        if self.on_server:
+            self._kill_all()
         code = error.code if isinstance(error, SystemExit) else int(self.failed > 0)
         if any(thread.is_alive() for thread in self._threads):
             # What overran its deadline or was interrupted still holds a thread, deep inside the

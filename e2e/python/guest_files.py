@@ -317,6 +317,15 @@ async def refused(box):
     equal(await box.files.read(f"{folder}/file"), "second", "a file renamed over another")
 
 
+async def refused_uploads(box):
+    """The answer arrives, although the daemon need not see the content to refuse it."""
+    folder, large = box.path("refused"), b"x" * 300_000
+    for _ in range(30):
+        await araises(InvalidArgumentException, box.files.write(folder, b"x"))
+        await araises(InvalidArgumentException, box.files.write(folder, large))
+        await araises(InvalidArgumentException, box.upload(folder, [large]))
+
+
 async def at_once(box):
     count = min(box.scale.at_once, 50)
     folder = box.path("at once")
@@ -338,5 +347,6 @@ SCENARIOS = (
     relative,
     metadata,
     refused,
+    refused_uploads,
     at_once,
 )

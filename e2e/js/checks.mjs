@@ -109,3 +109,15 @@ export async function until(deadlineMs, what, probe) {
     await pause(200)
   }
 }
+
+/** The error a promise fails with, which must be of `kind`. */
+export async function failure(kind, promise) {
+  let value
+  try {
+    value = await promise
+  } catch (error) {
+    assert.ok(error instanceof kind, `wanted ${kind.name}, got ${error?.name}: ${error?.message}`)
+    return error
+  }
+  assert.fail(`wanted ${kind.name}, got the value ${JSON.stringify(value)}`)
+}

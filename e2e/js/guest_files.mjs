@@ -10,8 +10,8 @@ import {
   SandboxError,
 } from 'e2b'
 
-import { Skip, until } from './checks.mjs'
-import { failure, rate } from './guest_box.mjs'
+import { Skip, failure, until } from './checks.mjs'
+import { rate } from './guest_box.mjs'
 import { MIB } from './guest_target.mjs'
 
 const { CHMOD, CREATE, REMOVE, RENAME, WRITE } = FilesystemEventType

@@ -3,8 +3,7 @@ import assert from 'node:assert/strict'
 
 import { CommandExitError, GitAuthError, GitUpstreamError, InvalidArgumentError } from 'e2b'
 
-import { until } from './checks.mjs'
-import { failure } from './guest_box.mjs'
+import { failure, until } from './checks.mjs'
 
 // Asks for a password and takes none, and writes its port beside it.
 const SERVER = `

@@ -4,11 +4,12 @@
 import assert from 'node:assert/strict'
 
 import { Suite } from './checks.mjs'
-import { Box, Recorder } from './guest_box.mjs'
+import { Box } from './guest_box.mjs'
 import { commandScenarios, ptyScenarios } from './guest_commands.mjs'
 import { fileScenarios, watchScenarios } from './guest_files.mjs'
 import { gitScenarios } from './guest_git.mjs'
 import { MIB, target as chosenTarget } from './guest_target.mjs'
+import { Recorder } from './recorder.mjs'
 
 const TOPICS = {
   commands: commandScenarios,
@@ -21,7 +22,7 @@ const TOPICS = {
 const DEADLINE_MS = 400_000
 
 async function run(suite, target, only) {
-  const recorder = new Recorder()
+  const recorder = new Recorder(import.meta.url)
   const box = await suite.check('create', async () => {
     const options = { timeoutMs: 3_000_000, requestTimeoutMs: 120_000, metadata: suite.metadata }
     const made = await Box.create(target, recorder, options)
@@ -57,7 +58,7 @@ async function nothingRunning(box) {
   await box.files.remove(box.target.base)
 }
 
-const target = await chosenTarget({ entries: 10_000, stdin: 16 * MIB })
+const target = await chosenTarget({ stdin: 4 * MIB })
 const suite = new Suite(target.native ? 'guest.js.native' : 'guest.js', !target.native)
 let passed = false
 for (const signal of ['SIGINT', 'SIGTERM']) {

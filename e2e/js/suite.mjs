@@ -15,7 +15,7 @@ import {
   TimeoutError,
 } from 'e2b'
 
-import { Skip, Suite, setting, taggedIds, until } from './checks.mjs'
+import { Skip, Suite, failure, setting, taggedIds, until } from './checks.mjs'
 
 const suite = new Suite('js')
 const COMMAND = { timeoutMs: 120_000 } // for one command on a busy emulated CPU
@@ -30,18 +30,6 @@ function create({ metadata, ...options } = {}) {
     metadata: { ...suite.metadata, ...metadata },
     ...options,
   })
-}
-
-/** The error a promise fails with, which must be of `kind`. */
-async function failure(kind, promise) {
-  let value
-  try {
-    value = await promise
-  } catch (error) {
-    assert.ok(error instanceof kind, `wanted ${kind.name}, got ${error?.name}: ${error?.message}`)
-    return error
-  }
-  assert.fail(`wanted ${kind.name}, got the value ${JSON.stringify(value)}`)
 }
 
 // --- commands ------------------------------------------------------------------------------------

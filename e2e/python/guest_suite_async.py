@@ -7,7 +7,6 @@ import sys
 
 import guest_run
 from guest_clients import AsyncBox
-from guest_target import MIB
 
 if __name__ == "__main__":
-    guest_run.main("guest.async", AsyncBox, sys.argv[1:], big_file=1024 * MIB, at_once=100)
+    guest_run.main("guest.async", AsyncBox, sys.argv[1:], at_once=100, burst=1000)

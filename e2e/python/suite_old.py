@@ -9,7 +9,8 @@ import tempfile
 import time
 from importlib import metadata
 
-from checks import Suite, equal, raises, say, true
+from checks import Suite, equal, raises, say, true, until
+from guest_clients import Recorder
 from tls_front import DOMAIN, TlsFront
 
 suite = Suite("old")
@@ -25,12 +26,20 @@ class Client:
         import e2b
 
         self.e2b = e2b
+        self.recorder = Recorder()
         self.options = {"domain": DOMAIN, "proxy": front.url, "request_timeout": 120}
 
     def create(self, **fields):
-        return self.e2b.Sandbox.create(
+        sandbox = self.e2b.Sandbox.create(
             "base", timeout=600, metadata=suite.metadata, **fields, **self.options
         )
+        for part in (sandbox.commands, sandbox.pty, sandbox.files):
+            self.recorder.watch(part)
+        return sandbox
+
+    def recorded(self, handle):
+        self.recorder.watch(handle)
+        return handle
 
 
 def commands(client, sandbox):
@@ -38,25 +47,112 @@ def commands(client, sandbox):
     error = raises(
         client.e2b.CommandExitException,
         sandbox.commands.run,
-        "echo $GLOBAL; echo warning >&2; exit 3",
+        "echo $GLOBAL $LOCAL; pwd; echo wärning >&2; exit 3",
+        envs={"LOCAL": "a b"},
+        cwd="/tmp",
         on_stdout=heard.append,
         timeout=COMMAND_S,
     )
-    equal((error.exit_code, error.stdout, error.stderr), (3, "global\n", "warning\n"), "result")
-    equal("".join(heard), "global\n", "what the callback heard")
+    wanted = (3, "global a b\n/tmp\n", "wärning\n")
+    equal((error.exit_code, error.stdout, error.stderr), wanted, "result")
+    equal("".join(heard), wanted[1], "what the callback heard")
+    as_root = sandbox.commands.run("id -un; seq 20000", user="root", timeout=COMMAND_S).stdout
+    numbers = "".join(f"{number}\n" for number in range(1, 20_001))
+    true(as_root == "root\n" + numbers, f"{len(as_root)} characters of root's command")
+    raises(client.e2b.TimeoutException, sandbox.commands.run, "sleep 601", timeout=3)
+
+
+def background(client, sandbox):
+    """Input, other subscribers, lists and kills: by the handle and by the process id."""
+    cat = client.recorded(sandbox.commands.run("cat", background=True, stdin=True, timeout=0))
+    sandbox.commands.send_stdin(cat.pid, "first é\n")
+    output = iter(cat)
+    equal(next(output)[0], "first é\n", "what cat said")
+    cat.disconnect()
+    again = sandbox.commands.connect(cat.pid, timeout=0)
+    listed = {process.pid: process for process in sandbox.commands.list()}
+    equal(list(listed[cat.pid].args), ["-l", "-c", "cat"], "its arguments")
+    sandbox.commands.send_stdin(cat.pid, "second\n")
+    equal(next(iter(again))[0], "second\n", "what the second subscriber heard")
+    equal(sandbox.commands.kill(cat.pid), True, "kill")
+    equal(sandbox.commands.kill(cat.pid), False, "kill of what has ended")
     sleeper = sandbox.commands.run("sleep 600", background=True, timeout=0)
-    true(sleeper.pid in [process.pid for process in sandbox.commands.list()], "not listed")
-    equal(sleeper.kill(), True, "kill")
+    equal(sleeper.kill(), True, "kill by the handle")
+    error = raises(client.e2b.CommandExitException, sleeper.wait)
+    equal(error.exit_code, -1, "exit code of what was killed")
 
 
-def files(sandbox):
-    content = bytes(range(256))
-    sandbox.files.write("folder/bytes", content)
-    equal(bytes(sandbox.files.read("folder/bytes", format="bytes")), content, "bytes")
-    equal([entry.name for entry in sandbox.files.list("folder")], ["bytes"], "list")
-    equal(sandbox.files.exists("folder/bytes"), True, "exists")
+def pty(client, sandbox):
+    terminal = sandbox.pty.create(client.e2b.PtySize(rows=24, cols=80), timeout=COMMAND_S)
+    seen = b""
+
+    def read_until(wanted):
+        nonlocal seen
+        for _, _, data in terminal:
+            seen += data or b""
+            if wanted in seen:
+                return
+
+    sandbox.pty.send_stdin(terminal.pid, b"stty size; echo sum-$((40 + 2))\n")
+    read_until(b"24 80")
+    read_until(b"sum-42")
+    sandbox.pty.resize(terminal.pid, client.e2b.PtySize(rows=30, cols=100))
+    sandbox.pty.send_stdin(terminal.pid, b"stty size\n")
+    read_until(b"30 100")
+    equal(sandbox.pty.kill(terminal.pid), True, "kill")
+    raises(client.e2b.CommandExitException, terminal.wait)
+
+
+def files(client, sandbox):
+    content = bytes(range(256)) * 4000
+    sandbox.files.write("folder/ä b", content)
+    equal(bytes(sandbox.files.read("folder/ä b", format="bytes")), content, "bytes")
+    parts = sandbox.files.read("folder/ä b", format="stream")
+    true(b"".join(parts) == content, "the stream is not what was written")
+    files = [{"path": "folder/empty", "data": ""}, {"path": "folder/below/c", "data": "grüße"}]
+    equal([e.name for e in sandbox.files.write_files(files)], ["empty", "c"], "write_files")
+    equal(sandbox.files.read("folder/empty"), "", "an empty file")
+    equal(sandbox.files.read("~/folder/below/c"), "grüße", "text")
+    names = sorted(entry.name for entry in sandbox.files.list("folder"))
+    equal(names, ["below", "empty", "ä b"], "list")
+    equal(len(sandbox.files.list("folder", depth=2)), 4, "entries of two levels")
+    info = sandbox.files.get_info("folder/ä b")
+    found = (info.size, info.type.value, info.owner, info.permissions, info.mode & 0o777)
+    equal(found, (len(content), "file", "user", "-rw-r--r--", 0o644), "info")
+    equal(sandbox.files.make_dir("folder/new"), True, "make_dir")
+    equal(sandbox.files.make_dir("folder/new"), False, "make_dir of what exists")
+    moved = sandbox.files.rename("folder/empty", "folder/new/moved")
+    equal(moved.path, "/home/user/folder/new/moved", "rename")
+    equal(sandbox.files.exists("folder/empty"), False, "exists under the old name")
+    sandbox.files.write("/root/secret", "root's", user="root")
+    equal(sandbox.files.read("/root/secret", user="root"), "root's", "root's file")
+    raises(client.e2b.NotFoundException, sandbox.files.read, "folder/missing")
+    raises(client.e2b.NotFoundException, sandbox.files.list, "folder/missing")
+    raises(client.e2b.InvalidArgumentException, sandbox.files.read, "folder")
     sandbox.files.remove("folder")
     equal(sandbox.files.exists("folder"), False, "exists after remove")
+
+
+def watch(client, sandbox):
+    sandbox.files.make_dir("watched/below")
+    handle = client.recorded(sandbox.files.watch_dir("watched", recursive=True))
+    sandbox.files.write("watched/below/file", "x")
+    sandbox.files.remove("watched/below/file")
+    seen = []
+
+    def complete():
+        seen.extend((event.type.value, event.name) for event in handle.get_new_events())
+        return {("create", "below/file"), ("remove", "below/file")} <= set(seen)
+
+    until(30, "the file's coming and going", complete)
+    handle.stop()
+    raises(client.e2b.SandboxException, handle.get_new_events)
+
+
+def every_method_called(client):
+    unused = client.recorder.unused()
+    true(client.recorder.count() >= 25, "the SDK's methods were not found")
+    equal(unused, [], "never called")
 
 
 def lifecycle(client, sandbox):
@@ -92,8 +188,9 @@ def main():
         client = Client(front)
         suite.remark(f"e2b {version} imported in {time.monotonic() - started:.1f} s")
         sandbox = suite.check("create", lambda: client.create(envs={"GLOBAL": "global"}))
-        suite.check("commands", commands, client, sandbox)
-        suite.check("files", files, sandbox)
+        for body in (commands, background, pty, files, watch):
+            suite.check(body.__name__, body, client, sandbox)
+        suite.check("every_method_called", every_method_called, client)
         suite.check("lifecycle", lifecycle, client, sandbox)
         suite.check("kill", kill, sandbox)
 

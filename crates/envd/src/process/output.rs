@@ -313,6 +313,11 @@ impl Subscription {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use belljar_wire::rpc::process::ProcessConfig;
+
+    use super::super::log_tap::LogTap;
     use super::*;
 
     const SOON: Duration = Duration::from_secs(10);
@@ -388,7 +393,8 @@ mod tests {
         let mut slow = hub.subscribe();
         exited.cancel();
         let (behind, mut caught_up) = mpsc::channel::<()>(1);
-        let pump = hub.pump(&channel, Source::Stdout, &exited, behind);
+        let log = Arc::<LogTap>::default().process(1, &ProcessConfig::default());
+        let pump = hub.pump(&channel, Source::Stdout, &exited, behind, log.stream(Source::Stdout));
         let listen = async {
             // The stall itself: longer than the end waits for anything but the subscriber.
             tokio::time::sleep(TAIL_LIMIT * 2).await;

@@ -208,13 +208,15 @@ fn it_serves_in_an_empty_root() {
     let list = format!("POST /filesystem.Filesystem/ListDir HTTP/1.1\r\n{json}");
     let list = bare.ask(&list, br#"{"path":"/","depth":1}"#);
     assert!(list.contains("\"/envd\""), "{list}");
-    // No program is there, nor the null device it would read.
-    let message = br#"{"process":{"cmd":"/bin/sh"},"stdin":false}"#;
-    let length = u32::try_from(message.len()).expect("short");
-    let body = [&[0][..], &length.to_be_bytes(), message].concat();
-    let kind = "Content-Type: application/connect+json\r\nConnect-Protocol-Version: 1\r\n";
-    let start = bare.ask(&format!("POST /process.Process/Start HTTP/1.1\r\n{kind}"), &body);
-    assert!(start.contains("\"error\"") && start.contains("/bin/sh"), "{start}");
+    // No home is there, no program, and no null device for it to read.
+    for (cwd, named) in [("", "cwd '/root' does not exist"), ("/", "failed to start '/bin/sh'")] {
+        let start = format!(r#"{{"process":{{"cmd":"/bin/sh","cwd":"{cwd}"}},"stdin":false}}"#);
+        let length = u32::try_from(start.len()).expect("short");
+        let body = [&[0][..], &length.to_be_bytes(), start.as_bytes()].concat();
+        let kind = "Content-Type: application/connect+json\r\nConnect-Protocol-Version: 1\r\n";
+        let start = bare.ask(&format!("POST /process.Process/Start HTTP/1.1\r\n{kind}"), &body);
+        assert!(start.contains("\"error\"") && start.contains(named), "{start}");
+    }
     let health = bare.ask("GET /health HTTP/1.1\r\n", b"");
     assert!(health.starts_with("HTTP/1.1 204"), "afterwards: {health}");
 }

@@ -8,6 +8,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::rt::Executor;
 
+use crate::downstream::Serving;
 use crate::{OnError, Scope};
 
 /// Bytes thrown away at most for one request.
@@ -91,6 +93,25 @@ async fn drain(mut body: Incoming) {
         && let Some(Ok(frame)) = body.frame().await
     {
         drained += frame.data_ref().map_or(0, Bytes::len);
+    }
+}
+
+/// Reads rests while their connection counts as busy: their bytes are no head of a next request.
+#[derive(Clone)]
+pub struct WhileBusy<T> {
+    /// What runs the reading.
+    pub tasks: T,
+    /// The request.
+    pub serving: Arc<Serving>,
+}
+
+impl<T: Executor<Rest>> Executor<Rest> for WhileBusy<T> {
+    fn execute(&self, rest: Rest) {
+        let serving = Arc::clone(&self.serving);
+        self.tasks.execute(Box::pin(async {
+            rest.await;
+            drop(serving);
+        }));
     }
 }
 

@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 pub mod clock;
-#[cfg(feature = "drain")]
+#[cfg(feature = "http")]
+pub mod downstream;
+#[cfg(feature = "http")]
 pub mod drain;
 pub mod scope;
 pub mod teardown;

@@ -2,12 +2,16 @@
 
 use std::convert::Infallible;
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
 use axum::body::Body;
-use belljar_daemon::drain::Drained;
-use http::{Method, Request, Response};
+use belljar_daemon::downstream::{Answered, Downstream, Observed, Overdue};
+use belljar_daemon::drain::{Drained, WhileBusy};
+use http::header::CONNECTION;
+use http::{HeaderValue, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -15,9 +19,10 @@ use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
 use rustix::net::sockopt;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::http_api::{self, Services};
+use crate::http_api::{self, Services, json_error};
 use crate::state::State;
 use crate::task::Group;
 use crate::tunnel::Tunnels;
@@ -26,6 +31,18 @@ use crate::tunnel::Tunnels;
 ///
 /// Source: `contract/e2b-wire.md` section 3.5: longer than each proxy in front of it.
 const IDLE_LIMIT: Duration = Duration::from_secs(640);
+
+/// For the head of a request, from its first byte; for a new connection from its start.
+const HEAD_LIMIT: Duration = Duration::from_secs(30);
+
+/// For the answers in flight of a connection that is being closed.
+const CLOSE_GRACE: Duration = Duration::from_secs(5);
+
+/// Connections served at a time, tunnels included. An idle one holds some 16 KiB.
+const MAX_CONNECTIONS: usize = 2048;
+
+/// Connections beyond those that are told so at a time; more are just closed.
+const MAX_REFUSALS: usize = 32;
 
 /// How long sent bytes may stay unacknowledged before the connection counts as dead,
 /// milliseconds. The kernel counts a peer that lives but does not read the same way, and such a
@@ -58,15 +75,23 @@ pub async fn serve(
     stop: CancellationToken,
 ) -> io::Result<()> {
     let services = Services::new(Arc::clone(&state));
-    let door =
-        Door { router: http_api::router(&services), tunnels: Tunnels::new(Arc::clone(&state)) };
+    let tunnels = Tunnels::new(Arc::clone(&state));
+    let open = Door::Open { router: http_api::router(&services), tunnels };
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let refusals = Arc::new(Semaphore::new(MAX_REFUSALS));
     let outcome = loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => break Ok(()),
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok((socket, _)) => serve_connection(&state, socket, door.clone()),
+            Ok((socket, _)) => {
+                if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
+                    serve_connection(&state, socket, open.clone(), place);
+                } else if let Ok(place) = Arc::clone(&refusals).try_acquire_owned() {
+                    serve_connection(&state, socket, Door::Full, place);
+                }
+            }
             Err(error) if is_about_one_connection(&error) => {}
             Err(error) if is_exhaustion(&error) => {
                 tracing::warn!(%error, "failed to accept a connection; trying again");
@@ -82,60 +107,110 @@ pub async fn serve(
     outcome
 }
 
-/// Where requests go.
+/// Where the requests of a connection go.
 #[derive(Clone)]
-struct Door {
-    router: axum::Router,
-    tunnels: Tunnels,
+enum Door {
+    Open {
+        router: Router,
+        tunnels: Tunnels,
+    },
+    /// There are as many connections as there may be.
+    Full,
 }
 
 impl Door {
     async fn answer(
         self,
         request: Request<Incoming>,
-        own_port: u16,
-        tasks: Group,
+        arrival: Arrival,
     ) -> Result<Response<Body>, Infallible> {
-        if request.method() == Method::CONNECT {
-            return Ok(self.tunnels.answer(request, own_port).await);
-        }
-        // A handler that refuses an upload leaves the rest of it on the connection.
-        let request = Drained::of(request, tasks).map(Body::new);
-        TowerToHyperService::new(self.router).call(request).await
+        let serving = Arc::new(arrival.downstream.begin(request.version()));
+        let response = match self {
+            Door::Full => full(),
+            Door::Open { tunnels, .. } if request.method() == Method::CONNECT => {
+                tunnels.answer(request, arrival.own_port, Arc::clone(&serving)).await
+            }
+            Door::Open { router, .. } => {
+                // A handler that refuses an upload leaves the rest of it on the connection.
+                let rests = WhileBusy { tasks: arrival.tasks, serving: Arc::clone(&serving) };
+                let request = Drained::of(request, rests).map(Body::new);
+                TowerToHyperService::new(router).call(request).await?
+            }
+        };
+        Ok(response.map(|body| Body::new(Answered::new(body, serving))))
     }
 }
 
-fn serve_connection(state: &Arc<State>, socket: TcpStream, door: Door) {
-    // Gone already, or it would have one.
-    let Ok(own_port) = socket.local_addr().map(|address| address.port()) else { return };
+fn full() -> Response<Body> {
+    let message =
+        format!("the sandbox has {MAX_CONNECTIONS} connections open; close some and try again");
+    let mut response = json_error(StatusCode::SERVICE_UNAVAILABLE, &message);
+    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    response
+}
+
+/// What a request needs of the connection it came on.
+#[derive(Clone)]
+struct Arrival {
+    downstream: Arc<Downstream>,
+    own_port: u16,
+    tasks: Group,
+}
+
+fn prepare(socket: &TcpStream) {
     // The connection works without any of these.
     let _ = socket.set_nodelay(true);
-    let _ = sockopt::set_tcp_user_timeout(&socket, UNACKNOWLEDGED_LIMIT_MS);
-    let _ = sockopt::set_socket_keepalive(&socket, true);
-    let _ = sockopt::set_tcp_keepidle(&socket, KEEPALIVE_IDLE);
-    let _ = sockopt::set_tcp_keepintvl(&socket, KEEPALIVE_INTERVAL);
-    let _ = sockopt::set_tcp_keepcnt(&socket, KEEPALIVE_TRIES);
-    let mut incarnation = state.incarnation();
+    let _ = sockopt::set_tcp_user_timeout(socket, UNACKNOWLEDGED_LIMIT_MS);
+    let _ = sockopt::set_socket_keepalive(socket, true);
+    let _ = sockopt::set_tcp_keepidle(socket, KEEPALIVE_IDLE);
+    let _ = sockopt::set_tcp_keepintvl(socket, KEEPALIVE_INTERVAL);
+    let _ = sockopt::set_tcp_keepcnt(socket, KEEPALIVE_TRIES);
+}
+
+/// Serves a connection on a task of the daemon; `place` is given back at its end.
+fn serve_connection(state: &State, socket: TcpStream, door: Door, place: OwnedSemaphorePermit) {
+    // Gone already, or it would have both.
+    let (Ok(own), Ok(peer)) = (socket.local_addr(), socket.peer_addr()) else { return };
+    prepare(&socket);
+    let downstream = Downstream::new(peer, HEAD_LIMIT, IDLE_LIMIT, place);
     let tasks = state.tasks.clone();
+    let arrival =
+        Arrival { downstream: Arc::clone(&downstream), own_port: own.port(), tasks: tasks.clone() };
+    let mut incarnation = state.incarnation();
     state.tasks.spawn(async move {
-        let mut builder = auto::Builder::new(tasks.clone());
-        builder
-            .http1()
-            .timer(TokioTimer::new())
-            .header_read_timeout(IDLE_LIMIT)
-            .max_buf_size(READ_MAX_BYTES);
-        builder.http2().timer(TokioTimer::new());
-        let group = tasks.clone();
-        let service =
-            service_fn(move |request| door.clone().answer(request, own_port, group.clone()));
-        let connection = builder.serve_connection_with_upgrades(TokioIo::new(socket), service);
+        let builder = builder(tasks);
+        let io = TokioIo::new(Observed::new(socket, &downstream));
+        let service = service_fn(move |request| door.clone().answer(request, arrival.clone()));
+        let mut connection = pin!(builder.serve_connection_with_upgrades(io, service));
+        // Errors of a connection are its client's: it left, or sent no HTTP.
+        let until_overdue = async {
+            let overdue = tokio::select! {
+                _ = connection.as_mut() => return,
+                overdue = downstream.overdue() => overdue,
+            };
+            if overdue == Overdue::Idle {
+                connection.as_mut().graceful_shutdown();
+                // A request may have come at the last moment.
+                let _ = tokio::time::timeout(CLOSE_GRACE, connection).await;
+            }
+        };
         tokio::select! {
-            // Errors here are a client's: it left, or sent no HTTP.
-            _ = connection => {}
+            () = until_overdue => {}
             _ = incarnation.changed() => {}
-            () = tasks.stopped() => {}
         }
     });
+}
+
+fn builder(tasks: Group) -> auto::Builder<Group> {
+    let mut builder = auto::Builder::new(tasks);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        // `downstream` watches the head; see there.
+        .header_read_timeout(None)
+        .max_buf_size(READ_MAX_BYTES);
+    builder.http2().timer(TokioTimer::new());
+    builder
 }
 
 fn is_about_one_connection(error: &io::Error) -> bool {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::response::{IntoResponse as _, Response};
+use belljar_daemon::downstream::{Observed, Serving};
 use belljar_wire::guest::MAX_TUNNELS;
 use bytes::Bytes;
 use http::{Request, StatusCode, Uri, Version};
@@ -87,10 +88,15 @@ impl Tunnels {
 
     /// Answers a CONNECT request that came to `own_port`. The tunnel runs on a task of the daemon
     /// until both directions have ended or one has failed, or the guest is another sandbox.
-    pub(crate) async fn answer(&self, request: Request<Incoming>, own_port: u16) -> Response {
+    pub(crate) async fn answer(
+        &self,
+        request: Request<Incoming>,
+        own_port: u16,
+        serving: Arc<Serving>,
+    ) -> Response {
         match self.open(&request, own_port).await {
             Ok((server, place)) => {
-                self.run(hyper::upgrade::on(request), server, place);
+                self.run(hyper::upgrade::on(request), server, (place, serving));
                 StatusCode::OK.into_response()
             }
             Err(error) => json_error(error.status(), &error.to_string()),
@@ -112,22 +118,28 @@ impl Tunnels {
         Ok((server, place))
     }
 
-    fn run(&self, client: OnUpgrade, server: TcpStream, place: OwnedSemaphorePermit) {
+    /// `held` is given back at the end of the tunnel.
+    fn run(
+        &self,
+        client: OnUpgrade,
+        server: TcpStream,
+        held: (OwnedSemaphorePermit, Arc<Serving>),
+    ) {
         let mut incarnation = self.state.incarnation();
         self.state.tasks.spawn(async move {
             let joined = async {
                 // A client that left before its 200 has no tunnel.
                 let Ok(Ok(client)) = timeout(SWITCH_LIMIT, client).await else { return };
-                let Ok(Parts { io, read_buf, .. }) = downcast::<TokioIo<TcpStream>>(client) else {
+                let Ok(Parts { io, read_buf, .. }) = downcast::<TokioIo<Observed>>(client) else {
                     return tracing::warn!("a connection is no TCP socket: no tunnel");
                 };
-                join(io.into_inner(), read_buf, server).await;
+                join(io.into_inner().into_inner(), read_buf, server).await;
             };
             tokio::select! {
                 () = joined => {}
                 _ = incarnation.changed() => {}
             }
-            drop(place);
+            drop(held);
         });
     }
 }

@@ -12,7 +12,6 @@ pub mod signature;
 
 mod answers;
 mod connect;
-mod downstream;
 mod guest_socket;
 mod headers;
 mod loopback;

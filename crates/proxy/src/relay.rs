@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use belljar_daemon::OnError;
-use belljar_daemon::drain::Drained;
+use belljar_daemon::downstream::{Downstream, Serving};
+use belljar_daemon::drain::{Drained, WhileBusy};
 use belljar_wire::guest::MAX_TUNNELS;
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, TRANSFER_ENCODING, UPGRADE};
@@ -23,9 +24,8 @@ use tracing::debug;
 use crate::answers::{self, Failure};
 use crate::catalog::{InFlight, Route, Routes};
 use crate::connect::ConnectError;
-use crate::downstream::{Downstream, Serving};
 use crate::headers;
-use crate::request_body::{ClientBody, GuestBody, Rests};
+use crate::request_body::{ClientBody, GuestBody};
 use crate::routing::{self, Destination, ENVD_PORT, Misdirected};
 use crate::tunnel;
 use crate::upstream::{self, ExchangeError, Lease, Link, Protocol};
@@ -47,8 +47,8 @@ pub(crate) async fn answer(
     request: Request<Incoming>,
 ) -> Result<Response<AnswerBody>, Infallible> {
     let serving = Arc::new(downstream.begin(request.version()));
-    let scope = gateway.link.scope.clone();
-    let request = Drained::of(request, Rests { scope, serving: Arc::clone(&serving) });
+    let tasks = gateway.link.scope.clone();
+    let request = Drained::of(request, WhileBusy { tasks, serving: Arc::clone(&serving) });
     let started = Instant::now();
     let method = request.method().clone();
     let (sandbox, outcome) = direct(&gateway, &downstream, serving, request).await;

@@ -1,39 +1,17 @@
 //! The body of a request: read from the client, sent to the guest, and never left halfway.
 
-use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
-use belljar_daemon::drain::{Drained, Rest};
-use belljar_daemon::{OnError, Scope};
+use belljar_daemon::Scope;
+use belljar_daemon::drain::{Drained, WhileBusy};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
-use hyper::rt::Executor;
-
-use crate::downstream::Serving;
 
 /// What a client sends; the rest of it is read and thrown away when nobody wants it.
-pub(crate) type ClientBody = Drained<Rests>;
-
-/// Reads rests while their connection counts as busy: their bytes are no head of a next request.
-#[derive(Clone)]
-pub(crate) struct Rests {
-    pub(crate) scope: Scope,
-    pub(crate) serving: Arc<Serving>,
-}
-
-impl Executor<Rest> for Rests {
-    fn execute(&self, rest: Rest) {
-        let serving = Arc::clone(&self.serving);
-        self.scope.spawn("drain request body", OnError::Log, async {
-            rest.await;
-            drop(serving);
-            Ok::<(), Infallible>(())
-        });
-    }
-}
+pub(crate) type ClientBody = Drained<WhileBusy<Scope>>;
 
 /// The body of a request to a guest: the client's, or none at all.
 pub(crate) enum GuestBody {

@@ -7,6 +7,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use belljar_daemon::downstream::{Downstream, Observed, Overdue};
 use belljar_daemon::{OnError, Scope};
 use hyper::rt::Executor;
 use hyper::service::service_fn;
@@ -19,7 +20,6 @@ use tracing::{debug, warn};
 
 use crate::catalog::Routes;
 use crate::connect;
-use crate::downstream::{Downstream, Observed, Overdue};
 use crate::relay::{self, Gateway};
 use crate::upstream::Link;
 

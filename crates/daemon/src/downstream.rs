@@ -11,6 +11,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use http::Version;
+use http_body::{Body, Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
@@ -33,7 +34,7 @@ enum Phase {
 
 /// Why a connection is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Overdue {
+pub enum Overdue {
     /// The head of a request did not arrive in time.
     Head,
     /// Nothing was asked for a long time.
@@ -41,8 +42,9 @@ pub(crate) enum Overdue {
 }
 
 /// A client connection.
-pub(crate) struct Downstream {
-    pub(crate) peer: SocketAddr,
+pub struct Downstream {
+    /// The client.
+    pub peer: SocketAddr,
     header_timeout: Duration,
     idle_timeout: Duration,
     state: Mutex<State>,
@@ -58,7 +60,9 @@ struct State {
 }
 
 impl Downstream {
-    pub(crate) fn new(
+    /// A connection whose first request is due. `permit` is given back when neither the connection
+    /// nor a tunnel it has become is left.
+    pub fn new(
         peer: SocketAddr,
         header_timeout: Duration,
         idle_timeout: Duration,
@@ -76,7 +80,7 @@ impl Downstream {
     }
 
     /// Says that a request has arrived; it is served until the guard is dropped.
-    pub(crate) fn begin(self: &Arc<Downstream>, version: Version) -> Serving {
+    pub fn begin(self: &Arc<Downstream>, version: Version) -> Serving {
         let mut state = self.state();
         state.multiplexed = version == Version::HTTP_2;
         let requests = match state.phase {
@@ -89,7 +93,7 @@ impl Downstream {
     }
 
     /// Resolves when the connection has kept us waiting for too long. Cancel-safe.
-    pub(crate) async fn overdue(&self) -> Overdue {
+    pub async fn overdue(&self) -> Overdue {
         loop {
             let changed = self.changed.notified();
             let deadline = match self.state().phase {
@@ -135,7 +139,7 @@ impl Downstream {
 }
 
 /// One request being served, until dropped.
-pub(crate) struct Serving(Arc<Downstream>);
+pub struct Serving(Arc<Downstream>);
 
 impl Drop for Serving {
     fn drop(&mut self) {
@@ -143,15 +147,54 @@ impl Drop for Serving {
     }
 }
 
+/// The body of an answer; its request counts as being served until the body is gone.
+pub struct Answered<B> {
+    body: B,
+    _serving: Arc<Serving>,
+}
+
+impl<B> Answered<B> {
+    /// `body` answers the request that is `serving`.
+    pub fn new(body: B, serving: Arc<Serving>) -> Answered<B> {
+        Answered { body, _serving: serving }
+    }
+}
+
+impl<B: Body + Unpin> Body for Answered<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
 /// The socket of a client connection; tells it about bytes that arrive.
-pub(crate) struct Observed {
+pub struct Observed {
     stream: TcpStream,
     downstream: Arc<Downstream>,
 }
 
 impl Observed {
-    pub(crate) fn new(stream: TcpStream, downstream: &Arc<Downstream>) -> Observed {
+    /// The socket of `downstream`.
+    pub fn new(stream: TcpStream, downstream: &Arc<Downstream>) -> Observed {
         Observed { stream, downstream: Arc::clone(downstream) }
+    }
+
+    /// The bare socket, for what comes after HTTP.
+    pub fn into_inner(self) -> TcpStream {
+        self.stream
     }
 }
 

@@ -30,8 +30,11 @@ use crate::process::registry::Registry;
 use crate::process::service::ProcessService;
 use crate::state::State;
 
-/// Largest RPC message, bytes: one piece of process input may be a whole pasted file.
-const RPC_MESSAGE_MAX_BYTES: usize = 64 * 1024 * 1024;
+/// Largest message about processes, bytes: one piece of input may be a whole pasted file.
+const PROCESS_MESSAGE_MAX_BYTES: usize = 64 * 1024 * 1024;
+
+/// Largest message about files, bytes: two paths.
+const FILE_MESSAGE_MAX_BYTES: usize = 64 * 1024;
 
 /// Largest body of an init request, bytes.
 const INIT_MAX_BYTES: usize = 4 * 1024 * 1024;
@@ -58,20 +61,18 @@ impl Services {
 /// All routes.
 pub(crate) fn router(services: &Services) -> Router {
     let state = Arc::clone(&services.state);
-    let rpc = connectrpc::Router::new();
-    let rpc = Arc::new(ProcessService::new(Arc::clone(&services.processes))).register(rpc);
-    let rpc = Arc::new(FileService::new(Arc::clone(&state))).register(rpc);
-    // Output is compressed nowhere: it is small, or it is bulk on an emulated processor.
-    let rpc = ConnectRpcService::new(rpc)
-        .with_compression_policy(CompressionPolicy::disabled())
-        .with_limits(
-            Limits::default()
-                .with_max_message_size(RPC_MESSAGE_MAX_BYTES)
-                .with_max_request_body_size(RPC_MESSAGE_MAX_BYTES),
-        );
+    let processes = Arc::new(ProcessService::new(Arc::clone(&services.processes)));
+    let processes = processes.register(connectrpc::Router::new());
+    let files = Arc::new(FileService::new(Arc::clone(&state))).register(connectrpc::Router::new());
     let rpc = Router::new()
-        .route("/process.Process/{method}", any_service(rpc.clone()))
-        .route("/filesystem.Filesystem/{method}", any_service(rpc))
+        .route(
+            "/process.Process/{method}",
+            any_service(rpc_service(processes, PROCESS_MESSAGE_MAX_BYTES)),
+        )
+        .route(
+            "/filesystem.Filesystem/{method}",
+            any_service(rpc_service(files, FILE_MESSAGE_MAX_BYTES)),
+        )
         .layer(middleware::from_fn_with_state(Arc::clone(&state), select_user));
     let files = Router::new()
         .route("/files", get(download::get).post(upload::post))
@@ -101,6 +102,17 @@ pub(crate) fn router(services: &Services) -> Router {
         })
         .layer(middleware::from_fn_with_state(state, auth::require_token))
         .layer(middleware::from_fn(allow_origins))
+}
+
+/// Output is compressed nowhere: it is small, or it is bulk on an emulated processor.
+fn rpc_service(router: connectrpc::Router, message_max_bytes: usize) -> ConnectRpcService {
+    ConnectRpcService::new(router)
+        .with_compression_policy(CompressionPolicy::disabled())
+        .with_limits(
+            Limits::default()
+                .with_max_message_size(message_max_bytes)
+                .with_max_request_body_size(message_max_bytes),
+        )
 }
 
 async fn health() -> Response {

@@ -269,4 +269,14 @@ mod tests {
         remove(&root.join("x"), &me()).expect("removing nothing is fine");
         assert!(!root.join("x").exists());
     }
+
+    /// The root is refused by this alone, so it is tested where nothing would be removed.
+    #[test]
+    fn the_root_and_what_is_mounted_are_known_as_mounts() {
+        let at = |path: &str| {
+            is_mount(&reach::reach(Path::new(path), &me(), Last::Keep).expect("there"))
+        };
+        assert!(at("/") && at("/proc"));
+        assert!(!at("/proc/self") && !at("/nowhere"));
+    }
 }

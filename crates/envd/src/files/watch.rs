@@ -315,3 +315,37 @@ pub(super) fn stream(
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_forgotten_watcher_makes_room_and_others_do_not() {
+        let watchers = Watchers { places: Arc::new(Semaphore::new(2)), ..Watchers::default() };
+        let tasks = task::Group::default();
+        let wanted = Wanted {
+            path: std::env::temp_dir(),
+            recursive: false,
+            include_entry: false,
+            allow_network_mounts: true,
+        };
+        let add = || watchers.add(&tasks, wanted.clone());
+        let (one, two) = (add().await.expect("watched"), add().await.expect("watched"));
+        assert!(matches!(add().await, Err(WatchError::TooMany)));
+        assert!(matches!(watchers.open(&tasks, wanted.clone()).await, Err(WatchError::TooMany)));
+        let long_ago = Instant::now().checked_sub(FORGOTTEN_AFTER + Duration::from_secs(1));
+        let Some(long_ago) = long_ago else {
+            return belljar_testkit::skip("the machine has only just been started");
+        };
+        lock(&watchers.polled).get_mut(&one).expect("there").polled_at = long_ago;
+        let three = add().await.expect("watched");
+        assert!(matches!(watchers.take_events(&one), Err(WatchError::NoWatcher(_))));
+        for id in [two, three] {
+            assert!(watchers.take_events(&id).is_ok());
+            watchers.remove(&id).expect("there");
+        }
+        assert!(watchers.open(&tasks, wanted.clone()).await.is_ok());
+        assert!(tasks.close(Duration::from_secs(20)).await);
+    }
+}

@@ -274,10 +274,13 @@ async function typesAndSees(box) {
   for (const text of ['24 80', 'xterm-256color:ä b:42', box.target.base, '\n漢-🦀']) {
     await heard.heard(text)
   }
-  await box.pty.sendInput(pid, encode('sleep 600\n'))
+  await box.pty.sendInput(pid, encode("PS1='rea''dy> '; echo go-$((1 + 1)); sleep 600\n"))
+  await heard.heard('go-2')
   await box.pty.sendInput(pid, encode('\x03'))
-  await box.pty.sendInput(pid, encode('echo interrupted-$((1 + 1)); exit 5\n'))
-  await heard.heard('interrupted-2')
+  // What is typed before the shell asks again may be lost to it.
+  await heard.heard('ready> ')
+  await box.pty.sendInput(pid, encode('echo after-$((1 + 1)); exit 5\n'))
+  await heard.heard('after-2')
   assert.equal((await ended).exitCode, 5)
 }
 

@@ -24,14 +24,17 @@ async def in_thread(body, *args, **kwargs):
         if not future.cancelled():
             put(value)
 
+    def report(put, value):
+        if not loop.is_closed():  # a call that outlived the run has nobody to tell
+            loop.call_soon_threadsafe(settle, put, value)
+
     def run():
         try:
             value = body(*args, **kwargs)
         except BaseException as error:  # handed on to whoever awaits
-            # A future cannot carry StopIteration; nothing here should end in one.
-            loop.call_soon_threadsafe(settle, future.set_exception, error)
+            report(future.set_exception, error)
         else:
-            loop.call_soon_threadsafe(settle, future.set_result, value)
+            report(future.set_result, value)
 
     threading.Thread(target=run, daemon=True).start()
     return await future

@@ -226,10 +226,24 @@ async def outlives(box):
 
 
 async def outlives_with_pipe(box):
-    """A child that keeps the output open must not keep its command's end from being told."""
-    ended = box.run("sleep 200 & echo $!", timeout=0)
+    """A child that keeps the output open must not keep its command's end from being told; nor may
+    the end close or stop up the output under a child that goes on writing to it."""
+    name = box.path("writer")
+    lines = "head -c 65536 /dev/zero; sleep 0.1"
+    loop = f"(while [ ! -e '{name}.go' ]; do {lines}; done; touch '{name}.done') & echo $!"
+    ended = box.run(loop, timeout=0)
     result = await asyncio.wait_for(ended, 30 if box.target.native else 100)
-    await box.run(f"kill {int(result.stdout)}")
+    child = result.stdout.replace("\0", "").strip()
+    true(child.isdigit(), f"the command said {child!r}")
+    await box.shell("kill -0 " + child, cwd="/")
+    for _ in range(5):  # as much as would fill a pipe several times over
+        await box.run("sleep 0.3")
+    await box.files.write(f"{name}.go", "")
+
+    async def done():
+        return await box.files.exists(f"{name}.done")
+
+    await auntil(60, "the writer lives on and does its work", done)
 
 
 async def environment(box):

@@ -250,6 +250,13 @@ async def owners(box):
         # The command of a user who may not, as opposed to the daemon, is refused by the kernel.
         refused = await box.run(f"cat '{folder}/of/mine' || true", user=unprivileged(box), cwd="/")
         true("Permission denied" in refused.stderr, f"stderr says {refused.stderr!r}")
+        # Nor does a link of theirs lend them the daemon's rights.
+        link = f"ln -s mine link; chown -h {unprivileged(box)}: link"
+        await box.shell(link, cwd=f"{folder}/of")
+        sneaky = f"{folder}/of/link"
+        for awaited in (box.files.read, lambda p, user: box.files.write(p, "x", user=user)):
+            await araises(SandboxException, awaited(sneaky, user=unprivileged(box)))
+        equal(await box.files.read(sneaky, user="root"), "mine", "the file the link leads to")
     finally:
         await box.files.remove(folder, user="root")
 

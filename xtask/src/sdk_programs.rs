@@ -16,6 +16,8 @@ pub(crate) struct SdkPrograms {
     pub(crate) old_python_venv: PathBuf,
     /// Folder with `node_modules` for the JS SDK.
     pub(crate) js_folder: PathBuf,
+    /// The same for the oldest JS SDK.
+    pub(crate) old_js_folder: PathBuf,
 }
 
 impl SdkPrograms {
@@ -25,6 +27,7 @@ impl SdkPrograms {
             python_venv: folder.join("python"),
             old_python_venv: folder.join("python-old"),
             js_folder: folder.join("js"),
+            old_js_folder: folder.join("js-old"),
         }
     }
 
@@ -39,12 +42,14 @@ impl SdkPrograms {
         Ok(SdkPrograms::in_folder(&folder))
     }
 
-    /// Makes these the ones to use, and lets programs under `e2e/` import the JS SDK: node looks
+    /// Makes these the ones to use, and lets programs under `e2e/` import the JS SDKs: node looks
     /// for packages beside a program and in the folders above it, nowhere else.
     pub(crate) fn publish(&self, places: &Places) -> Result<()> {
         let folder = self.js_folder.parent().context("the SDK folder has a parent")?;
         replace_link(folder, &current_link(places))?;
-        replace_link(&self.js_folder.join("node_modules"), &places.root.join("e2e/node_modules"))
+        let e2e = places.root.join("e2e");
+        replace_link(&self.js_folder.join("node_modules"), &e2e.join("node_modules"))?;
+        replace_link(&self.old_js_folder.join("node_modules"), &e2e.join("js-old/node_modules"))
     }
 
     /// The Python with the current SDK.

@@ -1,8 +1,8 @@
 //! `cargo xtask test`: every test there is, counted on one last line.
 
+mod suites;
 mod tally;
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -13,13 +13,14 @@ use crate::sdk_programs::SdkPrograms;
 use crate::server::Server;
 use crate::setup::{self, BuildKind, Goal};
 use crate::tidy;
+use suites::Suites;
 use tally::Tally;
 
+/// When everything has to be over: a run is cut off after 90 minutes, and a hang is to be counted
+/// and shown before.
+const RUN_LIMIT: Duration = Duration::from_secs(80 * 60);
 /// Compiling and running the whole workspace on two slow cores.
-/// The limits of a run add up to less than 90 minutes, so that a hang is still counted and shown.
 const CARGO_LIMIT: Duration = Duration::from_secs(40 * 60);
-/// One SDK suite on emulated CPUs takes one to two minutes.
-const SUITE_LIMIT: Duration = Duration::from_secs(5 * 60);
 
 /// `false` if anything failed.
 pub(crate) fn run(places: &Places) -> Result<bool> {
@@ -33,7 +34,13 @@ pub(crate) fn run(places: &Places) -> Result<bool> {
     } else {
         tidy_rules(places, &mut tally)?;
         cargo_tests(places, &mut tally)?;
-        sdk_suites(places, &goal, &mut tally)?;
+        let sdks = SdkPrograms::current(places)?;
+        let suites = Suites { places, sdks: &sdks, end: started + RUN_LIMIT };
+        println!("\n== official SDKs against the guest daemon alone");
+        for suite in suites::NATIVE {
+            suites.run_native(suite, &mut tally);
+        }
+        live_suites(&suites, &goal, &mut tally)?;
     }
     tally.show(started.elapsed());
     Ok(tally.is_clean())
@@ -75,10 +82,9 @@ fn cargo_tests(places: &Places, tally: &mut Tally) -> Result<()> {
 }
 
 /// The official SDKs against a server of our own, and the state of the machine after it.
-fn sdk_suites(places: &Places, goal: &Goal, tally: &mut Tally) -> Result<()> {
-    println!("\n== official SDKs");
-    let sdks = SdkPrograms::current(places)?;
-    let server = match Server::start(places, goal) {
+fn live_suites(suites: &Suites<'_>, goal: &Goal, tally: &mut Tally) -> Result<()> {
+    println!("\n== official SDKs against a server");
+    let server = match Server::start(suites.places, goal) {
         Ok(server) => server,
         Err(error) => {
             tally.fail("server", &format!("{error:#}"));
@@ -86,15 +92,13 @@ fn sdk_suites(places: &Places, goal: &Goal, tally: &mut Tally) -> Result<()> {
         }
     };
     println!("server ready on {}, tier {}", server.ready.api_url, server.ready.tier);
-    let suites = [
-        ("python sync", sdks.python(), "e2e/python/suite.py"),
-        ("python async", sdks.python(), "e2e/python/suite_async.py"),
-        ("python, previous SDK", sdks.old_python(), "e2e/python/suite_old.py"),
-        ("js", sdks.node(), "e2e/js/suite.mjs"),
-        ("bad input", sdks.python(), "e2e/python/bad_input.py"),
-    ];
-    for (name, program, file) in suites {
-        suite(name, &program, &places.root.join(file), &server, tally);
+    let long = suites::LONG.iter().map(|suite| suites.start_live(suite, &server));
+    let long = long.collect::<Result<Vec<_>>>()?;
+    for suite in suites::LIVE {
+        suites.run_live(suite, &server, tally);
+    }
+    for running in long {
+        running.finish(tally)?;
     }
     let stopped = server.stop();
     println!("\n== server stopped in {:.1} s", stopped.took.as_secs_f64());
@@ -105,26 +109,4 @@ fn sdk_suites(places: &Places, goal: &Goal, tally: &mut Tally) -> Result<()> {
         tally.fail("clean stop", &fault);
     }
     Ok(())
-}
-
-/// A suite prints one line for each check: `ok NAME`, `FAIL NAME: reason`, `skip NAME: reason`.
-fn suite(name: &str, program: &Path, file: &Path, server: &Server, tally: &mut Tally) {
-    println!("\n-- {name}");
-    let mut command = command::tied(program);
-    command.arg(file).env("PYTHONUNBUFFERED", "1");
-    server.describe_to(&mut command);
-    let before = tally.counted();
-    let mut failed = false;
-    let status = command::run_streamed(command, SUITE_LIMIT, |line| {
-        println!("  {line}");
-        failed |= tally.add_suite_line(name, line);
-    });
-    match status {
-        Ok(status) if status.success() && tally.counted() == before => {
-            tally.fail(name, "the suite checked nothing");
-        }
-        Ok(status) if status.success() || failed => {}
-        Ok(status) => tally.fail(name, &format!("the suite ended with {status}")),
-        Err(error) => tally.fail(name, &format!("{error:#}")),
-    }
 }

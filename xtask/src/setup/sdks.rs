@@ -20,10 +20,12 @@ pub(super) fn install(context: &StepContext<'_>) -> Result<Outcome, StepError> {
     let requirements = e2e.join("python/requirements.txt");
     let old_requirements = e2e.join("python/requirements-old.txt");
     let package_json = e2e.join("js/package.json");
+    let old_package_json = e2e.join("js-old/package.json");
     let key = content_key([
         &read(&requirements)?[..],
         &read(&old_requirements)?,
         &read(&package_json)?,
+        &read(&old_package_json)?,
         NODE_WHEEL.as_bytes(),
     ]);
     let folder = context.places.cache.join(format!("sdk-{key}"));
@@ -37,7 +39,9 @@ pub(super) fn install(context: &StepContext<'_>) -> Result<Outcome, StepError> {
         std::fs::create_dir_all(&folder)?;
         python(context, &programs.python_venv, &requirements)?;
         python(context, &programs.old_python_venv, &old_requirements)?;
-        javascript(context, &programs, &package_json)?;
+        suitable_node(context, &programs)?;
+        javascript(context, &programs, &programs.js_folder, &package_json)?;
+        javascript(context, &programs, &programs.old_js_folder, &old_package_json)?;
         std::fs::write(&marker, "")?;
     }
     programs.publish(context.places)?;
@@ -56,11 +60,7 @@ fn python(context: &StepContext<'_>, venv: &Path, requirements: &Path) -> Result
     Ok(())
 }
 
-fn javascript(
-    context: &StepContext<'_>,
-    programs: &SdkPrograms,
-    package_json: &Path,
-) -> Result<(), StepError> {
+fn suitable_node(context: &StepContext<'_>, programs: &SdkPrograms) -> Result<(), StepError> {
     if !is_usable_node(Path::new("node")) {
         context.note(&format!(
             "node is missing or too old for the JS SDK: takes {NODE_WHEEL} into the cache"
@@ -69,11 +69,20 @@ fn javascript(
         install.arg(NODE_WHEEL);
         context.run(install, |_| {})?;
     }
-    context.say("installs the JS SDK");
-    std::fs::create_dir_all(&programs.js_folder)?;
-    std::fs::copy(package_json, programs.js_folder.join("package.json"))?;
+    Ok(())
+}
+
+fn javascript(
+    context: &StepContext<'_>,
+    programs: &SdkPrograms,
+    folder: &Path,
+    package_json: &Path,
+) -> Result<(), StepError> {
+    context.say(&format!("installs the JS SDK of {}", package_json.display()));
+    std::fs::create_dir_all(folder)?;
+    std::fs::copy(package_json, folder.join("package.json"))?;
     let mut npm = tied(programs.npm());
-    npm.current_dir(&programs.js_folder).env("PATH", programs.search_path(context.places)?).args([
+    npm.current_dir(folder).env("PATH", programs.search_path(context.places)?).args([
         "install",
         "--no-audit",
         "--no-fund",

@@ -46,7 +46,7 @@ class Background:
         _, message = next(envelopes(first))
         true("event" in message, f"the start answered {message}")
         self.pid = message["event"]["start"]["pid"]
-        self.bytes, self.end = b"", None
+        self.bytes, self.end, self.error = b"", None, None
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -55,19 +55,23 @@ class Background:
         return head + self._stream.read(struct.unpack(">I", head[1:])[0])
 
     def _read(self):
-        last = 0
-        while not last & END_OF_STREAM:
-            frame = self._frame()
-            last = frame[0]
-            self.bytes += frame
-            for _, message in envelopes(frame):
-                self.end = message.get("event", {}).get("end", self.end)
+        try:
+            last = 0
+            while not last & END_OF_STREAM:
+                frame = self._frame()
+                last = frame[0]
+                self.bytes += frame
+                for _, message in envelopes(frame):
+                    self.end = message.get("event", {}).get("end", self.end)
+        except Exception as error:  # for whoever waits, in another thread
+            self.error = error
         self._connection.close()
 
     def wait(self, limit_s):
         """The end event; the command must end by itself or have been killed."""
         self._reader.join(limit_s)
         true(not self._reader.is_alive(), f"the command still runs after {limit_s} s")
+        true(self.end is not None, f"the command's stream broke off: {self.error!r}")
         return self.end
 
     @property

@@ -150,6 +150,10 @@ impl Plan {
         }
         if let Accelerator::Emulated { tsc_khz } = self.accelerator {
             words.push(format!("tsc_early_khz={tsc_khz}"));
+            // The kernel would compare the counter with timer ticks, lose some of those on a busy
+            // host, blame the counter, and count ticks from then on: every clone's clock would
+            // fall behind whenever the host is busy.
+            words.push("tsc=reliable".to_owned());
         }
         words.extend_from_slice(extra);
         words
@@ -225,7 +229,7 @@ mod tests {
         let booting = plan().arguments();
         assert!(value(&booting, "-object").contains(r#""share":true"#));
         assert!(value(&booting, "-append").starts_with("quiet panic=-1"));
-        assert!(value(&booting, "-append").ends_with("tsc_early_khz=2000000 extra=1"));
+        assert!(value(&booting, "-append").ends_with("tsc_early_khz=2000000 tsc=reliable extra=1"));
         let saved = Plan { origin: Origin::Saved, ..plan() }.arguments();
         let memory = value(&saved, "-object");
         assert!(memory.contains(r#""share":false"#) && memory.contains(r#""readonly":true"#));

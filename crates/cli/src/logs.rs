@@ -33,7 +33,8 @@ pub(crate) async fn print(
     let mut next_unix_ms = 0;
     let mut found = false;
     loop {
-        let page: Option<SandboxLogsV2> = api.find(&format!("{path}&cursor={next_unix_ms}")).await?;
+        let page: Option<SandboxLogsV2> =
+            api.find(&format!("{path}&cursor={next_unix_ms}")).await?;
         let Some(page) = page else { break };
         found = true;
         for entry in &page.logs {

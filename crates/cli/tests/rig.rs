@@ -6,6 +6,7 @@
 #[path = "support/server.rs"]
 mod server;
 
+use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::Command;
 
@@ -54,6 +55,50 @@ fn a_sandbox_lives_from_create_to_kill() {
     assert_eq!(status, 502);
     let expected = json!({ "sandboxId": id, "message": "The sandbox was not found", "code": 502 });
     assert_eq!(serde_json::from_str::<Value>(&body).expect("JSON"), expected);
+    server.stop();
+}
+
+#[test]
+fn a_sandbox_has_a_log_of_its_own_until_it_ends() {
+    let data = data_dir();
+    let server = start(data.path());
+    let ids = [(), ()].map(|()| {
+        let sandbox = server.create(json!({ "templateID": "base" }));
+        sandbox["sandboxID"].as_str().expect("an id").to_owned()
+    });
+    let read = |id: &str| server.api("GET", &format!("/v2/sandboxes/{id}/logs"), None);
+    for id in &ids {
+        wait_until("a line", || read(id).1["logs"] != json!([]));
+        let (_, answer) = read(id);
+        let entries = answer["logs"].as_array().expect("a list");
+        let said: Vec<&Value> = entries.iter().map(|entry| &entry["message"]).collect();
+        assert_eq!(said, [&json!(format!("the fake guest is {id}"))]);
+    }
+    let logs = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_belljar"));
+        command.args(["sandbox", "logs", &ids[0]]).args(more).arg("--data-dir").arg(data.path());
+        command
+    };
+    let printed = logs(&[]).output().expect("the program runs");
+    let text = String::from_utf8_lossy(&printed.stdout).into_owned();
+    let line = format!("INFO      1 stdout the fake guest is {}\n", ids[0]);
+    assert!(printed.status.success() && text.ends_with(&line), "{printed:?}");
+    assert_eq!(text.lines().count(), 1);
+
+    let mut following = logs(&["--follow", "--json"]);
+    let mut follower =
+        following.stdout(std::process::Stdio::piped()).spawn().expect("the program runs");
+    let mut lines = BufReader::new(follower.stdout.take().expect("a pipe")).lines();
+    let first = lines.next().expect("a line before the end").expect("text");
+    let entry: Value = serde_json::from_str(&first).expect("an entry");
+    assert_eq!(entry["fields"]["event_type"], "stdout");
+    assert_eq!(server.api("DELETE", &format!("/sandboxes/{}", ids[0]), None).0, 204);
+    assert!(lines.next().is_none(), "it was told once");
+    assert!(follower.wait().expect("it ended").success());
+    assert_eq!((read(&ids[0]).0, read(&ids[1]).0), (404, 200));
+    let gone = logs(&[]).output().expect("the program runs");
+    let said = String::from_utf8_lossy(&gone.stderr);
+    assert!(!gone.status.success() && said.contains("there is no sandbox"), "{said}");
     server.stop();
 }
 

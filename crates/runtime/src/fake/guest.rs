@@ -5,7 +5,7 @@ use std::io;
 use std::sync::{Arc, PoisonError};
 
 use belljar_daemon::OnError;
-use belljar_wire::guest::{self, FromGuest, LINE_MAX_BYTES, ToGuest};
+use belljar_wire::guest::{self, FromGuest, LINE_MAX_BYTES, LogEvent, LogLevel, LogLine, ToGuest};
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio::net::{TcpListener, TcpStream};
@@ -43,9 +43,11 @@ pub(super) async fn speak(
     while let Some(line) = incoming.next().await? {
         body.running().await;
         let message = guest::decode(&line).map_err(io::Error::other)?;
+        let mut log = None;
         let said = match message {
             ToGuest::Init(init) => {
                 let nonce = init.nonce;
+                log = init.logs.then(|| greeting(&init.sandbox_id));
                 *body.identity.lock().unwrap_or_else(PoisonError::into_inner) = init;
                 let ready = FromGuest::Ready { nonce, envd_version: VERSION.to_owned() };
                 tried(&faults, Step::GuestInit, &body, nonce, ready).await
@@ -61,11 +63,28 @@ pub(super) async fn speak(
         };
         if let Some(said) = said {
             outgoing.write_all(&guest::encode(&said)).await?;
+            if let (FromGuest::Ready { .. }, Some(log)) = (said, log) {
+                outgoing.write_all(&guest::encode(&log)).await?;
+            }
         }
     }
     // The host may close its end and come back by a new machine only; the guest lives on.
     body.scope.cancelled().await;
     Ok(())
+}
+
+/// All that the processes of a fake guest ever write.
+fn greeting(sandbox_id: &str) -> FromGuest {
+    let line = LogLine {
+        at_unix_ms: 0,
+        level: LogLevel::Info,
+        event: LogEvent::Stdout,
+        pid: 1,
+        command: "fake".to_owned(),
+        text: format!("the fake guest is {sandbox_id}"),
+        cut: false,
+    };
+    FromGuest::Log { lines: vec![line] }
 }
 
 /// What the guest says at `step`: `message`, a failure, or nothing.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use belljar_domain::{MiB, Vcpus};
-use belljar_wire::guest::Init;
+use belljar_wire::guest::{FromGuest, Init};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::contract::{self, Harness};
@@ -122,6 +122,21 @@ async fn a_broken_guest_fails_hangs_or_takes_its_machine_along() {
     faults.once(Step::Kill, Fault::Fail);
     machine.kill().await.expect_err("an injected fault");
     assert_eq!(harness.runtime.live_machines(), 0);
+}
+
+#[tokio::test]
+async fn a_guest_that_is_asked_for_logs_sends_them_after_it_is_ready() {
+    let harness = FakeHarness::new(&Arc::new(Faults::new()));
+    let (mut machine, mut control, booted) = harness.booted(harness.spec("logs", None).await).await;
+    booted.expect("the fake boots");
+    control.init(Init { nonce: 1, ..Init::default() }, LIMIT).await.expect("ready");
+    let init = Init { nonce: 2, sandbox_id: "isandbox".into(), logs: true, ..Init::default() };
+    control.init(init, LIMIT).await.expect("ready");
+    let FromGuest::Log { lines } = control.receive().await.expect("a message") else {
+        panic!("no logs");
+    };
+    assert_eq!(lines[0].text, "the fake guest is isandbox");
+    machine.kill().await.expect("nothing is left");
 }
 
 #[tokio::test]

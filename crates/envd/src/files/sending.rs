@@ -149,7 +149,8 @@ mod tests {
 
     #[tokio::test]
     async fn every_byte_is_sent_once_and_in_order() {
-        let content: Vec<u8> = (0..1_000_000_u32).map(|at| (at.wrapping_mul(at) >> 7) as u8).collect();
+        let content: Vec<u8> =
+            (0..1_000_000_u32).map(|at| (at.wrapping_mul(at) >> 7) as u8).collect();
         let mut file = tempfile::tempfile().expect("a file");
         file.write_all(&content).expect("writes");
         for (start, rest) in [(0, u64::MAX), (0, 1_000_000), (500_000, 131_073), (999_999, 5)] {

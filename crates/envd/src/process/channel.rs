@@ -27,16 +27,17 @@ impl Channel {
         Ok(Channel { fd: sys::watch_descriptor(fd, interest)? })
     }
 
-    /// Appends what is there, at least one byte and at most `most`, to `buffer`; 0 is the end.
-    /// Cancel-safe.
+    /// Reads what is there into an empty `buffer`, at least one byte and as many as fit; 0 is the
+    /// end. The buffer is given room for `least` first, but not before there is anything to read:
+    /// most processes say nothing most of the time. Cancel-safe.
     ///
     /// # Errors
     /// As `read(2)`, except that a terminal whose other side is closed counts as its end.
-    pub(super) async fn read(&self, buffer: &mut Vec<u8>, most: usize) -> io::Result<usize> {
-        buffer.reserve_exact(most);
+    pub(super) async fn read(&self, buffer: &mut Vec<u8>, least: usize) -> io::Result<usize> {
         let outcome = self
             .fd
             .async_io(Interest::READABLE, |fd| {
+                buffer.reserve_exact(least);
                 Ok(rustix::io::read(fd, rustix::buffer::spare_capacity(buffer))?)
             })
             .await;

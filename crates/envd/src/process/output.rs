@@ -32,6 +32,10 @@ const TAIL_LIMIT: Duration = Duration::from_millis(500);
 /// hold in a pipe of its own, and an end to one that never stops writing.
 const TAIL_MAX_BYTES: u64 = 1024 * 1024;
 
+/// What an output pipe may hold: four times the usual, so that its writer and this daemon wake each
+/// other less often.
+pub(super) const PIPE_BYTES: usize = 256 * 1024;
+
 /// A piece of output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Output {
@@ -199,7 +203,7 @@ impl Hub {
         }
         // Only waiting counts against the time: a slow subscriber costs the output nothing.
         let mut patience = TAIL_LIMIT;
-        let mut left_bytes = channel.waiting_bytes() + TAIL_MAX_BYTES;
+        let mut left_bytes = pieces.waiting_bytes() + TAIL_MAX_BYTES;
         while left_bytes > 0 {
             let began = Instant::now();
             match tokio::time::timeout(patience, pieces.next()).await {
@@ -255,32 +259,54 @@ struct Pieces<'a> {
     source: Source,
     log: LogStream,
     buffer: Vec<u8>,
+    /// Read already.
+    ready: Bytes,
+    /// Whether there was more than fits a piece: then the next read takes all a pipe can hold.
+    more: bool,
 }
 
 impl Pieces<'_> {
     fn new(channel: &Channel, source: Source, log: LogStream) -> Pieces<'_> {
-        Pieces { channel, source, log, buffer: Vec::new() }
+        let (buffer, ready) = (Vec::new(), Bytes::new());
+        Pieces { channel, source, log, buffer, ready, more: false }
     }
 
     /// The next piece; `None` is the end. Cancel-safe.
     async fn next(&mut self) -> Option<Bytes> {
         let most = self.source.piece_max_bytes();
-        self.buffer.clear();
-        let outcome = self.channel.read(&mut self.buffer, most).await;
-        if !self.buffer.is_empty() {
-            self.log.take(&self.buffer);
-        }
-        match outcome {
-            Ok(0) => None,
-            // A piece that fills the buffer travels on in it. A short one is copied, so that many
-            // of them waiting weigh no more than they hold.
-            Ok(length) if length > most / 2 => Some(std::mem::take(&mut self.buffer).into()),
-            Ok(_) => Some(Bytes::copy_from_slice(&self.buffer)),
-            Err(error) => {
-                tracing::warn!(%error, source = ?self.source, "failed to read a process's output");
-                None
+        if self.ready.is_empty() {
+            let wanted = if self.more { PIPE_BYTES } else { most };
+            match self.channel.read(&mut self.buffer, wanted).await {
+                Ok(0) => return None,
+                Ok(_) => self.keep(),
+                Err(error) => {
+                    tracing::warn!(%error, source = ?self.source, "failed to read a process's output");
+                    return None;
+                }
             }
         }
+        Some(self.ready.split_to(self.ready.len().min(most)))
+    }
+
+    /// Makes what was read ready. What nearly fills the buffer travels on in it. Less is copied, so
+    /// that many short pieces that wait weigh no more than they hold.
+    fn keep(&mut self) {
+        self.log.take(&self.buffer);
+        self.more = self.buffer.len() == self.buffer.capacity();
+        if self.buffer.len() > self.buffer.capacity() / 2 {
+            self.ready = std::mem::take(&mut self.buffer).into();
+            return;
+        }
+        self.ready = Bytes::copy_from_slice(&self.buffer);
+        self.buffer.clear();
+        if self.buffer.capacity() > self.source.piece_max_bytes() {
+            self.buffer = Vec::new();
+        }
+    }
+
+    /// Bytes that can be taken without waiting.
+    fn waiting_bytes(&self) -> u64 {
+        self.ready.len() as u64 + self.channel.waiting_bytes()
     }
 }
 

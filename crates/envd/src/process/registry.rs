@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::channel::Channel;
 use super::input::Input;
-use super::output::{End, Hub, Source};
+use super::output::{End, Hub, PIPE_BYTES, Source};
 use super::start::{self, Ends, Program, StartError, Started};
 use crate::children::{self, Ended, Reach};
 use crate::state::State;
@@ -22,9 +22,6 @@ use crate::task;
 ///
 /// Source: `contract/e2b-wire.md` section 2.3.
 const KEPT_AFTER_END: Duration = Duration::from_secs(30);
-
-/// What an output pipe may hold. Twice this is no faster, half is slower.
-const PIPE_BYTES: usize = 256 * 1024;
 
 /// One process.
 #[derive(Debug)]

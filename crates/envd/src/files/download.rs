@@ -1,4 +1,5 @@
-//! `GET /files`: the bytes of one file, whole or in part.
+//! `GET /files`: the bytes of one file, whole or in part. Conditions go by the time of the last
+//! change; there are no entity tags, and conditions on such are left aside, as in the original.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -149,11 +149,15 @@ async fn raw(daemon: &Daemon, head: &str) -> TcpStream {
     socket
 }
 
+/// Reads an answer with an error body, or what there is before the connection ends.
 async fn answer_of(socket: &mut TcpStream) -> String {
     let mut text = Vec::new();
-    let read = socket.read_to_end(&mut text);
-    // A connection that is reset after the answer still gave it.
-    let _ = tokio::time::timeout(SOON, read).await.expect("in time");
+    let read = async {
+        // A connection that is reset after the answer still gave it. One that stays open waits
+        // for the rest of a request that never comes.
+        while !text.ends_with(b"\"}") && matches!(socket.read_buf(&mut text).await, Ok(1..)) {}
+    };
+    tokio::time::timeout(SOON, read).await.expect("in time");
     String::from_utf8_lossy(&text).into_owned()
 }
 

@@ -1,4 +1,5 @@
-//! The sandbox's file system: content over HTTP, everything else over RPC.
+//! The sandbox's file system: content over HTTP, everything else over RPC. What a call may do is
+//! said in `files/reach.rs`.
 
 mod changes;
 pub mod compose;

@@ -38,7 +38,9 @@ async def control_keys(box):
 
     await box.pty.send_stdin(terminal.pid, b"PS1='rea''dy> '\n")
     await asked(1)
-    await box.pty.send_stdin(terminal.pid, b"echo go-$((1 + 1)); sleep 600; echo not-reached\n")
+    # A program speaks when the terminal is its own: before, the shell itself might be interrupted.
+    child = b"sh -c 'echo go-$((1 + 1)); exec sleep 600'; echo not-reached\n"
+    await box.pty.send_stdin(terminal.pid, child)
     await terminal.shown(b"go-2")
     await box.pty.send_stdin(terminal.pid, b"\x03")
     await asked(2)

@@ -1,4 +1,4 @@
-// The oldest JavaScript SDK of the second generation, unmodified: v1 routes, and sandboxes addressed
+// The oldest JavaScript SDK of the second generation: v1 routes, and sandboxes addressed
 // by host name alone. Needs the packages of the package.json beside it. See ../README.md.
 import assert from 'node:assert/strict'
 

@@ -48,7 +48,17 @@ function makeCertificate() {
   try {
     execFileSync(
       'openssl',
-      ['req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-days', '1', '-subj', `/CN=${NAME}`].concat(
+      [
+        'req',
+        '-x509',
+        '-newkey',
+        'rsa:2048',
+        '-nodes',
+        '-days',
+        '1',
+        '-subj',
+        `/CN=${NAME}`,
+      ].concat(
         ['-addext', `subjectAltName=DNS:${NAME},DNS:*.${NAME}`, '-keyout', keyFile],
         ['-out', certFile]
       ),

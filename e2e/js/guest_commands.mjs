@@ -77,7 +77,10 @@ async function listed(box) {
   )
   await running.handle.closeStdin()
   await running.handle.wait()
-  assert.ok((await box.commands.list()).every(({ pid }) => pid !== running.pid), 'still listed')
+  assert.ok(
+    (await box.commands.list()).every(({ pid }) => pid !== running.pid),
+    'still listed'
+  )
 }
 
 async function stdinEveryWay(box) {
@@ -274,7 +277,10 @@ async function typesAndSees(box) {
   for (const text of ['24 80', 'xterm-256color:ä b:42', box.target.base, '\n漢-🦀']) {
     await heard.heard(text)
   }
-  await box.pty.sendInput(pid, encode(`PS1='rea''dy> '; sh -c 'echo go-$((1 + 1)); exec sleep 600'\n`))
+  await box.pty.sendInput(
+    pid,
+    encode(`PS1='rea''dy> '; sh -c 'echo go-$((1 + 1)); exec sleep 600'\n`)
+  )
   await heard.heard('go-2')
   await box.pty.sendInput(pid, encode('\x03'))
   // What is typed before the shell asks again may be lost to it.

@@ -89,7 +89,10 @@ async function branches(box) {
   const { git, work, options } = places(box)
   await git.createBranch(work, 'feature/ü', options)
   const found = await git.branches(work, options)
-  assert.deepEqual([found.branches.sort(), found.currentBranch], [['feature/ü', 'main'], 'feature/ü'])
+  assert.deepEqual(
+    [found.branches.sort(), found.currentBranch],
+    [['feature/ü', 'main'], 'feature/ü']
+  )
   await box.files.write(`${work}/feature.txt`, 'feature\n')
   await git.add(work, options)
   await git.commit(work, 'on the branch', options)

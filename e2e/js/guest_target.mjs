@@ -18,8 +18,8 @@ export const MIB = 1024 * 1024
 // client are left to the Python suites.
 const NATIVE = {
   bigFile: 1024 * MIB,
-  longOutput: 32 * MIB,
-  stdin: 32 * MIB,
+  longOutput: 16 * MIB,
+  stdin: 16 * MIB,
   entries: 10_000,
   atOnce: 100,
   burst: 2000,

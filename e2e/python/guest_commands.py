@@ -1,4 +1,4 @@
-"""What commands do, with either Python SDK: ends, streams, input, limits, and what outlives them."""
+"""What commands do, with either Python SDK: ends, streams, input, limits, what outlives them."""
 
 import asyncio
 import hashlib
@@ -249,7 +249,7 @@ async def outlives_with_pipe(box):
 async def environment(box):
     envs = {f"BIG_{number}": str(number % 10) * (64 * 1024 - 20) for number in range(16)}
     names = " ".join(f"${{#BIG_{number}}}" for number in range(16))
-    result = await box.run(f"echo {names}; printf %s \"$BIG_7\" | tr -d 7 | wc -c", envs=envs)
+    result = await box.run(f'echo {names}; printf %s "$BIG_7" | tr -d 7 | wc -c', envs=envs)
     lengths, rest = result.stdout.splitlines()
     equal(lengths.split(), [str(64 * 1024 - 20)] * 16, "lengths of 1 MiB of variables")
     equal(rest.strip(), "0", "other characters in one of them")

@@ -134,7 +134,9 @@ async def branches(box):
     git, options = box.git, at.options
     await git.create_branch(at.work, "feature/ü", **options)
     found = await git.branches(at.work, **options)
-    equal((sorted(found.branches), found.current_branch), (["feature/ü", "main"], "feature/ü"), "all")
+    equal(
+        (sorted(found.branches), found.current_branch), (["feature/ü", "main"], "feature/ü"), "all"
+    )
     await at.write("feature.txt", "feature\n")
     await git.add(at.work, **options)
     await git.commit(at.work, "on the branch", **options)

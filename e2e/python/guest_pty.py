@@ -57,7 +57,7 @@ async def control_keys(box):
 async def resized_while_printing(box):
     """Each new size reaches a program that prints without a pause, and its output stays whole."""
     terminal = await box.terminal(PtySize(rows=24, cols=80))
-    loop = "n=0; while [ ! -e \"$STOP\" ]; do n=$((n+1)); echo \"<$n:$(stty size)>\"; done"
+    loop = 'n=0; while [ ! -e "$STOP" ]; do n=$((n+1)); echo "<$n:$(stty size)>"; done'
     stop = box.path("stop printing")
     line = f"stty -echo; STOP='{stop}'; {loop}; echo last-$n-\n"
     await box.pty.send_stdin(terminal.pid, line.encode())

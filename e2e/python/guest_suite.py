@@ -1,6 +1,6 @@
 """Everything a guest does, through the synchronous Python SDK. See ../README.md.
 
-    guest_suite.py [TOPIC[.SCENARIO] ...]
+guest_suite.py [TOPIC[.SCENARIO] ...]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Everything a guest does, through the asyncio Python SDK. See ../README.md.
 
-    guest_suite_async.py [TOPIC[.SCENARIO] ...]
+guest_suite_async.py [TOPIC[.SCENARIO] ...]
 """
 
 import sys

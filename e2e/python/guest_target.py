@@ -1,6 +1,6 @@
 """Where the guest suites run: in a sandbox of a live server, or against a daemon of their own.
 
-Without further ado it is a sandbox. With BELLJAR_ENVD, the path of a `belljar-envd`, that program is
+Without BELLJAR_ENVD it is a sandbox. With it, the path of a `belljar-envd`, that program is
 started in host mode on this machine and the SDKs are pointed at it by their debug mode: the same
 daemon, without an emulated CPU, so that every size is the full one.
 """

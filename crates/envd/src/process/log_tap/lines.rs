@@ -146,15 +146,17 @@ impl Lines {
         let at_unix_ms = clock::unix_millis();
         let mut partial = self.partials.remove(&id);
         while !rest.is_empty() {
-            if !self.has_room(speaker) {
+            let end = memchr(b'\n', rest);
+            let line = &rest[..end.unwrap_or(rest.len())];
+            let begun = partial.as_ref().map_or(0, |partial| partial.bytes.len());
+            // A flood must cost one look, so nothing is cut that would not be kept.
+            if !self.has_room(speaker, (begun + line.len()).min(LOG_TEXT_MAX_BYTES)) {
                 self.leave_out(rest);
                 if let Some(partial) = partial {
                     self.leave_out(&partial.bytes);
                 }
                 return !rest.ends_with(b"\n");
             }
-            let end = memchr(b'\n', rest);
-            let line = &rest[..end.unwrap_or(rest.len())];
             let mut open = partial.take().unwrap_or_else(|| Partial {
                 speaker: speaker.clone(),
                 bytes: Vec::new(),
@@ -224,9 +226,9 @@ impl Lines {
         }
     }
 
-    /// Whether a line of the usual length would be kept now.
-    fn has_room(&self, speaker: &Speaker) -> bool {
-        let cost = cost_bytes(speaker, 80);
+    /// Whether a line of that length would be kept now.
+    fn has_room(&self, speaker: &Speaker, text_bytes: usize) -> bool {
+        let cost = cost_bytes(speaker, text_bytes);
         self.allowance.left_bytes >= cost && self.queued_bytes + cost <= QUEUE_MAX_BYTES
     }
 
@@ -408,7 +410,7 @@ mod tests {
         assert!(!skipping, "the last piece ends with its line");
         let kept = lines.queue.len();
         assert!(kept > 2000 && lines.queued_bytes <= QUEUE_MAX_BYTES, "{kept}");
-        lines.allowance.refill(start);
+        lines.allowance.left_bytes = 0;
         assert!(lines.take(1, &speaker, b"torn", true, start), "still no room");
         while !lines.queue.is_empty() {
             lines.batch(start);

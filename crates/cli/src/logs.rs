@@ -66,7 +66,7 @@ fn text(entry: &SandboxLogEntry) -> String {
         }
     }
     format!(
-        "{} {:<5} {:>5} {:<6} {message}",
+        "{} {:<5} {:>5} {:<13} {message}",
         entry.timestamp.format("%Y-%m-%d %H:%M:%S%.3f"),
         entry.level.as_str().to_uppercase(),
         field("pid"),
@@ -90,7 +90,7 @@ mod tests {
         .expect("an entry");
         assert_eq!(
             text(&entry),
-            "2023-11-14 22:13:20.001 ERROR    12 stderr red\\u{1b}[31m\tt\u{fc}r\\r"
+            "2023-11-14 22:13:20.001 ERROR    12 stderr        red\\u{1b}[31m\tt\u{fc}r\\r"
         );
     }
 }

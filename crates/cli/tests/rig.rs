@@ -81,7 +81,7 @@ fn a_sandbox_has_a_log_of_its_own_until_it_ends() {
     };
     let printed = logs(&[]).output().expect("the program runs");
     let text = String::from_utf8_lossy(&printed.stdout).into_owned();
-    let line = format!("INFO      1 stdout the fake guest is {}\n", ids[0]);
+    let line = format!("INFO      1 stdout        the fake guest is {}\n", ids[0]);
     assert!(printed.status.success() && text.ends_with(&line), "{printed:?}");
     assert_eq!(text.lines().count(), 1);
 

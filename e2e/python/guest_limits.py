@@ -296,6 +296,13 @@ for name in ("collapse", "upgrade"):
 # --- what a host tells it -----------------------------------------------------------------------
 
 
+def kernel_settings(sandbox):
+    """What an init of a distribution sets; the daemon's rules on links count on the first two."""
+    names = ("hardlinks", "symlinks", "regular", "fifos")
+    found = [read(sandbox, f"/proc/sys/fs/protected_{name}") for name in names]
+    equal(found, ["1"] * len(names), "protections of links and shared folders")
+
+
 def clock_source(sandbox):
     """A clock that counts timer ticks loses those that a busy host delivers late."""
     source = read(sandbox, "/sys/devices/system/clocksource/clocksource0/current_clocksource")
@@ -346,7 +353,7 @@ def main():
             suite.check(body.__name__, body, sandbox)
         suite.check("memory_hog", memory_hog, sandbox, deadline_s=300)
         suite.check("fork_bomb", fork_bomb, sandbox, deadline_s=300)
-        for body in (freeze, freeze_disks, not_implemented, clock_source, clock, authorities):
+        for body in (kernel_settings, freeze, freeze_disks, not_implemented, clock_source, clock, authorities):
             suite.check(body.__name__, body, sandbox, deadline_s=300)
 
 

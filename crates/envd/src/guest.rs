@@ -44,6 +44,17 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 /// lost. Source: `proc_pid_oom_score_adj(5)`, where this means never.
 const DAEMON_OOM_SCORE_ADJ: &str = "-1000";
 
+/// Kernel settings every distribution's init makes, and the kernel by itself does not. Without the
+/// first, an unprivileged program can put a hard link to a root's file or link where the daemon will
+/// write (see `files::reach`); the watches are shared by the daemon and everything users run.
+const KERNEL_SETTINGS: [(&str, &str); 5] = [
+    ("fs/protected_hardlinks", "1"),
+    ("fs/protected_symlinks", "1"),
+    ("fs/protected_regular", "1"),
+    ("fs/protected_fifos", "1"),
+    ("fs/inotify/max_user_instances", "1024"),
+];
+
 /// Sets the machine up as far as it goes. What fails is logged: a sandbox without, say, its
 /// network is of more use than none.
 pub fn set_up_machine() {
@@ -52,6 +63,10 @@ pub fn set_up_machine() {
     let limit = Rlimit { current: Some(OPEN_FILES.0), maximum: Some(OPEN_FILES.1) };
     log_failure("raise the open files limit", rustix::process::setrlimit(Resource::Nofile, limit));
     log_failure("set the host name", rustix::system::sethostname(HOST_NAME.as_bytes()));
+    for (name, value) in KERNEL_SETTINGS {
+        let outcome = std::fs::write(Path::new("/proc/sys").join(name), value);
+        log_failure(&format!("set {name}"), outcome);
+    }
     let outcome = std::fs::write("/proc/self/oom_score_adj", DAEMON_OOM_SCORE_ADJ);
     log_failure("be spared when memory ends", outcome);
     log_failure("reap children", children::start_reaping());

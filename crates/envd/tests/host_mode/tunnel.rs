@@ -173,7 +173,8 @@ async fn tunnels_end_with_the_daemon_and_with_the_sandbox() {
     let end: [&dyn Fn(); 2] = [
         &|| {
             let sandbox_id = Some("iother".to_owned());
-            state.become_sandbox(NewIdentity { sandbox_id, ..NewIdentity::default() });
+            let new_run = true;
+            state.become_sandbox(NewIdentity { new_run, sandbox_id, ..NewIdentity::default() });
         },
         &|| stop.cancel(),
     ];

@@ -7,8 +7,11 @@ use belljar_wire::guest::PORT_NAME;
 use serde_json::json;
 
 /// Generation of the machine this file describes. A saved machine restores only into the same
-/// devices in the same order, so any change of them gets a new number.
-pub(super) const LAYOUT: u32 = 1;
+/// devices in the same order, and keeps what its kernel decided by the words it was booted with: any
+/// change of either gets a new number.
+///
+/// 2: `tsc=reliable`.
+pub(super) const LAYOUT: u32 = 2;
 
 /// x86-64-v2 without AVX. Plain `qemu64` lacks what today's distributions assume; `max` adds AVX,
 /// which is emulated at half the speed (hashing) and slows every boot. `rdrand` lets the guest

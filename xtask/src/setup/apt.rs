@@ -165,8 +165,9 @@ fn apt_get<'a>(
     if !command::is_root() {
         command.args(["-n", "env"]);
     }
+    // In runlevel 1 Debian's packages start no services: we want programs, not a web server.
     command
-        .args(["DEBIAN_FRONTEND=noninteractive", "LC_ALL=C", "apt-get", "-q"])
+        .args(["DEBIAN_FRONTEND=noninteractive", "RUNLEVEL=1", "LC_ALL=C", "apt-get", "-q"])
         .args(["-o", "DPkg::Lock::Timeout=300", "-o", "Dpkg::Use-Pty=0"])
         .args(arguments);
     context.run_to_the_end(command, |line| {

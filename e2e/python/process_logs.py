@@ -73,7 +73,7 @@ def both_streams(sandbox):
     equal(seen[0]["fields"]["event_type"], "process_start", "first entry")
     true("exit status 3" in seen[-1]["message"], f"last entry {seen[-1]}")
     equal(seen[-1]["level"], "warn", "level of a failure")
-    stamps = [entry["timestamp"] for entry in seen]
+    stamps = [milliseconds(entry["timestamp"]) for entry in seen]
     equal(stamps, sorted(stamps), "order")
 
 

@@ -36,6 +36,8 @@ pub struct Drained<T: Executor<Rest> + Unpin> {
     body: Option<Incoming>,
     /// `None` where a rest needs no reading.
     tasks: Option<T>,
+    /// Whether the client sends: one that waits for `100 Continue` does once it was read from.
+    sends: bool,
 }
 
 impl<T: Executor<Rest> + Unpin> Drained<T> {
@@ -45,8 +47,8 @@ impl<T: Executor<Rest> + Unpin> Drained<T> {
     /// `100 Continue` sends nothing unless it is asked to.
     pub fn of(request: Request<Incoming>, tasks: T) -> Request<Drained<T>> {
         let waits = request.headers().contains_key(header::EXPECT);
-        let sends = request.version() <= Version::HTTP_11 && !waits;
-        request.map(|body| Drained { body: Some(body), tasks: sends.then_some(tasks) })
+        let tasks = (request.version() <= Version::HTTP_11).then_some(tasks);
+        request.map(|body| Drained { body: Some(body), tasks, sends: !waits })
     }
 }
 
@@ -58,6 +60,7 @@ impl<T: Executor<Rest> + Unpin> Body for Drained<T> {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        self.sends = true;
         let Some(body) = self.body.as_mut() else { return Poll::Ready(None) };
         let frame = std::task::ready!(Pin::new(body).poll_frame(cx));
         if !matches!(frame, Some(Ok(_))) {
@@ -77,7 +80,7 @@ impl<T: Executor<Rest> + Unpin> Body for Drained<T> {
 
 impl<T: Executor<Rest> + Unpin> Drop for Drained<T> {
     fn drop(&mut self) {
-        let rest = self.body.take().filter(|body| !body.is_end_stream());
+        let rest = self.body.take().filter(|body| self.sends && !body.is_end_stream());
         if let (Some(rest), Some(tasks)) = (rest, self.tasks.take()) {
             tasks.execute(Box::pin(async {
                 // Running out of time or bytes ends the same way: the connection is closed.

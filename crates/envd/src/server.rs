@@ -44,6 +44,9 @@ const MAX_CONNECTIONS: usize = 2048;
 /// Connections beyond those that are told so at a time; more are just closed.
 const MAX_REFUSALS: usize = 32;
 
+/// How long a connection is kept that is told so. HTTP/2 has no word for "and close".
+const REFUSAL_LIMIT: Duration = Duration::from_secs(5);
+
 /// How long sent bytes may stay unacknowledged before the connection counts as dead,
 /// milliseconds. The kernel counts a peer that lives but does not read the same way, and such a
 /// pause is a client's right: so this is no shorter than what the proxies in front of us allow.
@@ -177,6 +180,7 @@ fn serve_connection(state: &State, socket: TcpStream, door: Door, place: OwnedSe
     let arrival =
         Arrival { downstream: Arc::clone(&downstream), own_port: own.port(), tasks: tasks.clone() };
     let mut incarnation = state.incarnation();
+    let is_full = matches!(door, Door::Full);
     state.tasks.spawn(async move {
         let builder = builder(tasks);
         let io = TokioIo::new(Observed::new(socket, &downstream));
@@ -184,6 +188,10 @@ fn serve_connection(state: &State, socket: TcpStream, door: Door, place: OwnedSe
         let mut connection = pin!(builder.serve_connection_with_upgrades(io, service));
         // Errors of a connection are its client's: it left, or sent no HTTP.
         let until_overdue = async {
+            if is_full {
+                let _ = tokio::time::timeout(REFUSAL_LIMIT, connection).await;
+                return;
+            }
             let overdue = tokio::select! {
                 _ = connection.as_mut() => return,
                 overdue = downstream.overdue() => overdue,

@@ -68,7 +68,8 @@ struct Gate {
     closed: bool,
     /// Children between fork and exec.
     starting: u32,
-    /// Counts freezes, so that the watchdog of one never ends another.
+    /// Counts freezes and thaws, so that the watchdog of one freeze never ends another, and a
+    /// thaw undoes also a freeze that is still on its way.
     generation: u64,
 }
 
@@ -115,8 +116,6 @@ pub struct Frozen {
     pub groups: usize,
     /// How long it took.
     pub waited: Duration,
-    /// Names this freeze to [`Workload::thaw_if`].
-    pub generation: u64,
 }
 
 /// User processes are frozen, and stayed so longer than a start waits.
@@ -198,13 +197,26 @@ impl Workload {
         Ok(Starting(self))
     }
 
+    /// Announces a freeze. What it returns names it to [`Workload::freeze`] and
+    /// [`Workload::thaw_if`], so that a watchdog can be set before anything stops.
+    pub fn announce(&self) -> u64 {
+        let mut gate = self.lock();
+        gate.generation += 1;
+        gate.generation
+    }
+
     /// Stops every process in a group other than the daemon's, and waits until all have stopped;
     /// only what root moved to the top of the tree runs on. Again when frozen already: then it
     /// counts as a newer freeze. Blocks.
     ///
     /// # Errors
-    /// [`FreezeError`]; everything runs on then.
-    pub fn freeze(&self, groups_max: usize, limit: Duration) -> Result<Frozen, FreezeError> {
+    /// [`FreezeError`]; everything runs on then, but for what a newer freeze stops.
+    pub fn freeze(
+        &self,
+        generation: u64,
+        groups_max: usize,
+        limit: Duration,
+    ) -> Result<Frozen, FreezeError> {
         let started = Instant::now();
         let deadline = started + limit;
         let groups = top_groups(&self.root);
@@ -212,17 +224,22 @@ impl Workload {
         if found > groups_max {
             return Err(FreezeError::TooMany { found, limit: groups_max });
         }
-        let mut gate = self.lock();
-        gate.closed = true;
-        gate.generation += 1;
-        let generation = gate.generation;
         let too_slow = FreezeError::TooSlow(limit.as_millis());
+        let mut gate = self.lock();
+        if gate.generation != generation {
+            return Err(too_slow);
+        }
+        gate.closed = true;
         while gate.starting > 0 {
             let Some(woken) = self.wait(gate, deadline) else {
                 self.thaw_if(generation);
                 return Err(too_slow);
             };
             gate = woken;
+            if gate.generation != generation {
+                // A thaw has opened the gate, or a newer freeze holds it.
+                return Err(too_slow);
+            }
         }
         let outcome = stop_all(&groups, &mut gate.frozen);
         let stopping = gate.frozen.clone();
@@ -236,12 +253,15 @@ impl Workload {
             self.thaw_if(generation);
             return Err(error);
         }
-        Ok(Frozen { groups: found, waited: started.elapsed(), generation })
+        Ok(Frozen { groups: found, waited: started.elapsed() })
     }
 
-    /// Lets everything run again that [`Workload::freeze`] stopped. Nothing stopped is fine.
+    /// Lets everything run again that [`Workload::freeze`] stopped or was about to. Nothing stopped
+    /// is fine.
     pub fn thaw(&self) {
-        self.open(&mut self.lock());
+        let mut gate = self.lock();
+        gate.generation += 1;
+        self.open(&mut gate);
     }
 
     /// As [`Workload::thaw`], unless there has been a newer freeze. Says whether it thawed.

@@ -16,6 +16,8 @@ use crate::machine::ControlStream;
 /// What is read of a guest at once, and a second, bytes. A daemon of ours says a quarter of that at
 /// its busiest, spelled as JSON at its worst.
 const BURST_BYTES: u64 = 4 * 1024 * 1024;
+/// What a line costs besides its bytes: an empty one is read, too.
+const LINE_COST_BYTES: usize = 64;
 const BYTES_PER_SECOND: u64 = 2 * 1024 * 1024;
 
 /// Talks to the guest daemon over a [`ControlStream`].
@@ -94,7 +96,7 @@ impl GuestControl {
                 Ok(None) => return Err(ControlError::Closed),
                 Err(source) => return Err(ControlError::Io { source }),
             };
-            self.pace.count(line.len() + 1, Instant::now());
+            self.pace.count(line.len() + LINE_COST_BYTES, Instant::now());
             if !line.is_empty() {
                 return guest::decode(&line).map_err(|source| ControlError::Line { source });
             }
@@ -226,7 +228,7 @@ impl Pace {
 }
 
 fn time_of(bytes: u64) -> Duration {
-    Duration::from_micros(bytes.saturating_mul(1_000_000) / BYTES_PER_SECOND)
+    Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / BYTES_PER_SECOND)
 }
 
 fn timed_out(step: &'static str, limit: Duration) -> ControlError {
@@ -285,6 +287,22 @@ mod tests {
         pace.count(1, later);
         assert!(pace.next_at() <= later);
         assert!(pace.paid_at <= later + Duration::from_millis(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn empty_lines_are_not_free() {
+        let (mut control, mut guest) = pair();
+        let flood = async {
+            for _ in 0..200 {
+                guest.write_all(&[b'\n'; 4096]).await.expect("someone reads");
+            }
+        };
+        let started = Instant::now();
+        tokio::select! {
+            said = control.receive() => panic!("nothing was said, but heard {said:?}"),
+            () = flood => {}
+        }
+        assert!(started.elapsed() > Duration::from_secs(10), "{:?}", started.elapsed());
     }
 
     #[tokio::test]

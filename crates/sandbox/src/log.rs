@@ -19,13 +19,18 @@ const ENTRIES_MAX: usize = 10_000;
 const KEPT_MAX_BYTES: usize = 1024 * 1024;
 /// What an entry takes besides its texts.
 const ENTRY_COST_BYTES: usize = 96;
-/// Most entries of one millisecond: half a page of the API, so that pages can end between two.
-const SAME_TIME_MAX: usize = 500;
+/// Most entries of one millisecond. Pages end between two times, so a page of at least as many
+/// entries misses nothing.
+const SAME_TIME_MAX: usize = 10;
+/// How far the times may run ahead of this host's clock: messages and full milliseconds move them on.
+/// Only a guest that floods gets there, and what it says then is left out.
+const AHEAD_MAX_MS: i64 = 2000;
 
 /// One line of a sandbox's log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogEntry {
-    /// When, by the guest's clock, but never before the entry before it or after this host's now.
+    /// When, by the guest's clock, but never before the entry before it, and never more than two
+    /// seconds after this host's now.
     pub at: UnixMillis,
     /// How bad.
     pub level: LogLevel,
@@ -113,6 +118,9 @@ impl Ring {
     fn add(&mut self, lines: Vec<LogLine>, now: UnixMillis) {
         let mut earliest = self.newest.map(|at| UnixMillis(at.0.saturating_add(1)));
         for line in lines {
+            if earliest.is_some_and(|at| at.0 > now.0.saturating_add(AHEAD_MAX_MS)) {
+                return;
+            }
             let mut at = UnixMillis(line.at_unix_ms).min(now);
             at = at.max(earliest.unwrap_or(UnixMillis(0)));
             if self.newest == Some(at) {
@@ -249,19 +257,25 @@ mod tests {
         assert_eq!(times(&log)[4..], [NOW.0 + 1, NOW.0 + 1]);
         log.add((0..1200).map(|_| info(0, "g")).collect(), UnixMillis(2_000_000));
         let last = *times(&log).last().expect("entries");
-        assert_eq!(last, NOW.0 + 4, "no millisecond holds more than half a page");
+        assert_eq!(last, NOW.0 + 121, "no millisecond holds more than ten");
+        for _ in 0..10_000 {
+            log.add(vec![info(0, "h")], NOW);
+        }
+        let last = *times(&log).last().expect("entries");
+        assert!(last <= NOW.0 + AHEAD_MAX_MS + 1, "{last}: a flood of messages does not run away");
     }
 
     #[test]
     fn a_reader_that_goes_on_after_the_last_time_sees_everything_once() {
         let log = SandboxLog::default();
         for batch in 0..20 {
-            let lines = (0..77).map(|n| info(batch * 10, &format!("{batch}.{n}"))).collect();
+            let lines = (0..177).map(|n| info(batch * 10, &format!("{batch}.{n}"))).collect();
             log.add(lines, NOW);
         }
         let expected: Vec<String> =
-            (0..20).flat_map(|b| (0..77).map(move |n| format!("{b}.{n}"))).collect();
-        let (mut seen, mut query) = (Vec::new(), LogQuery { limit: 100, ..all() });
+            (0..20).flat_map(|b| (0..177).map(move |n| format!("{b}.{n}"))).collect();
+        let limit = SAME_TIME_MAX;
+        let (mut seen, mut query) = (Vec::new(), LogQuery { limit, ..all() });
         loop {
             let page = log.read(&query);
             let Some(last) = page.last() else { break };
@@ -270,7 +284,7 @@ mod tests {
         }
         assert_eq!(seen, expected);
         let (mut seen, mut query) =
-            (Vec::new(), LogQuery { limit: 100, direction: Direction::Backward, ..all() });
+            (Vec::new(), LogQuery { limit, direction: Direction::Backward, ..all() });
         loop {
             let page = log.read(&query);
             let Some(last) = page.last() else { break };

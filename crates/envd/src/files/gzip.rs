@@ -8,8 +8,11 @@ use flate2::write::{GzEncoder, MultiGzDecoder};
 use futures::stream::{self, Stream, StreamExt as _};
 
 /// Compressed bytes decoded at once. The format expands at most about 1030 times, so this bounds
-/// what one step can produce to some 4 MiB.
-const DECODE_STEP_BYTES: usize = 4 * 1024;
+/// what one step can produce to some 130 KiB.
+const DECODE_STEP_BYTES: usize = 128;
+
+/// A piece is passed on when it has grown to this, or nothing more has come.
+const DECODED_PIECE_BYTES: usize = 64 * 1024;
 
 type Items = std::pin::Pin<Box<dyn Stream<Item = io::Result<Bytes>> + Send>>;
 
@@ -34,8 +37,10 @@ pub(super) fn decode(input: Items) -> Items {
                     }
                 }
             }
-            let step = state.pending.split_to(state.pending.len().min(DECODE_STEP_BYTES));
-            decoder.write_all(&step)?;
+            while !state.pending.is_empty() && decoder.get_ref().len() < DECODED_PIECE_BYTES {
+                let step = state.pending.split_to(state.pending.len().min(DECODE_STEP_BYTES));
+                decoder.write_all(&step)?;
+            }
             let decoded = std::mem::take(decoder.get_mut());
             if !decoded.is_empty() {
                 return Ok(Some((Bytes::from(decoded), state)));
@@ -119,7 +124,8 @@ mod tests {
                         None => return Ok(()),
                         Some(Err(error)) => return Err(error.kind()),
                         Some(Ok(piece)) => {
-                            assert!(piece.len() <= DECODE_STEP_BYTES * 1100, "{}", piece.len());
+                            let most = DECODED_PIECE_BYTES + DECODE_STEP_BYTES * 1100;
+                            assert!(piece.len() <= most, "{}", piece.len());
                             length += piece.len();
                             steps += 1;
                         }

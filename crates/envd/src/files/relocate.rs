@@ -4,7 +4,7 @@
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 
 use rustix::fs::{
     AtFlags, Dir, FileType, Gid, Mode, OFlags, Stat, StatxAttributes, StatxFlags, Timespec,
@@ -25,6 +25,11 @@ const DEPTH_MAX: usize = 128;
 /// When anything of it cannot be copied: then nothing has changed. When the source cannot be
 /// removed: then both are there.
 pub(super) fn relocate(from: &Place, to: &Place) -> io::Result<()> {
+    if from.is_same(to) {
+        // Two mounts of one file system.
+        return Ok(());
+    }
+    let before = from.stat()?;
     let mut random = [0; 16];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
     let name = OsString::from(format!(".move-{}", hex::encode(random)));
@@ -41,6 +46,12 @@ pub(super) fn relocate(from: &Place, to: &Place) -> io::Result<()> {
         Ok(())
     })?;
     copied?;
+    let id = |stat: Stat| (stat.st_dev, stat.st_ino);
+    if from.stat()?.map(id) != before.map(id) {
+        return Err(io::Error::other(
+            "another file took the source's name meanwhile; both are kept",
+        ));
+    }
     Ok(erase::erase(from)?)
 }
 
@@ -88,9 +99,18 @@ fn copy(
         }
         _ => {
             rustix::fs::mknodat(to, new_name, kind, private, stat.st_rdev)?;
-            let owned = own(to, new_name, &stat)?;
+            // Held from here on: whoever may write to the directory could put a link in its place.
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let node = rustix::fs::openat(to, new_name, flags, Mode::empty())?;
+            if FileType::from_raw_mode(rustix::fs::fstat(&node)?.st_mode) != kind {
+                return Err(Errno::AGAIN.into());
+            }
+            let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+            let flags = AtFlags::EMPTY_PATH;
+            let owned = keep_owner(rustix::fs::chownat(&node, "", Some(uid), Some(gid), flags))?;
             let mode = Mode::from_raw_mode(mode_bits(&stat, owned));
-            rustix::fs::chmodat(to, new_name, mode, AtFlags::empty())?;
+            let held = format!("/proc/self/fd/{}", node.as_raw_fd());
+            rustix::fs::chmodat(rustix::fs::CWD, held, mode, AtFlags::empty())?;
             Ok(rustix::fs::utimensat(to, new_name, &times(&stat), AtFlags::SYMLINK_NOFOLLOW)?)
         }
     }

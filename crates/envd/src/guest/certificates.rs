@@ -7,6 +7,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -96,6 +97,9 @@ impl Authorities {
     /// # Errors
     /// When a file cannot be read or written; each is either the old or the new one then.
     pub fn install(&self, root: &Path) -> io::Result<()> {
+        // The files are read, changed and written: two at a time would lose one's change.
+        static INSTALLING: Mutex<()> = Mutex::new(());
+        let _alone = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
         let local = root.join(LOCAL);
         if self.blocks.is_empty() {
             match fs::remove_file(&local) {

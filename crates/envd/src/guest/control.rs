@@ -132,11 +132,13 @@ impl Port {
                 while let Some(line) = self.lines.next() {
                     let Obeyed { answer, names } = obey(state, &line);
                     self.outbox.say(&answer);
-                    self.flush(&state.logs)?;
+                    let flushed = self.flush(&state.logs);
                     if let Some(names) = names {
                         log_failure("write the identity files", self.identity.write(names));
+                        // Also when the port broke: requests wait for this.
                         state.set_settling(false);
                     }
+                    flushed?;
                 }
             }
         }

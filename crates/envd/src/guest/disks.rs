@@ -27,6 +27,15 @@ struct Stopped {
     roots: Vec<OwnedFd>,
     /// Counts freezes, so that the watchdog of one never ends another.
     generation: u64,
+    /// Counts thaws, so that one undoes also a freeze that is still flushing.
+    thaws: u64,
+}
+
+/// Names a freeze to its watchdog.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Announced {
+    generation: u64,
+    thaws: u64,
 }
 
 /// Why the disks are not stopped; none of them is then.
@@ -44,7 +53,8 @@ pub enum DisksError {
         #[source]
         source: io::Error,
     },
-    /// Flushing took so long that the watchdog has passed; nothing would end the freeze.
+    /// Flushing took so long that the watchdog has passed, and nothing would end the freeze; or a
+    /// thaw came meanwhile.
     #[error("flush the disks in time; writing goes on")]
     TooLate,
 }
@@ -52,10 +62,10 @@ pub enum DisksError {
 impl Disks {
     /// Announces a freeze. What it returns names it to [`Disks::thaw_if`], so that a watchdog can
     /// be set before anything stops.
-    pub fn announce(&self) -> u64 {
+    pub fn announce(&self) -> Announced {
         let mut stopped = self.lock();
         stopped.generation += 1;
-        stopped.generation
+        Announced { generation: stopped.generation, thaws: stopped.thaws }
     }
 
     /// Flushes every disk and stops writing to it. Writers wait until the thaw. Blocks for as
@@ -64,7 +74,7 @@ impl Disks {
     ///
     /// # Errors
     /// [`DisksError`]; what this call stopped goes on then.
-    pub fn freeze(&self, until: Instant) -> Result<(), DisksError> {
+    pub fn freeze(&self, announced: Announced, until: Instant) -> Result<(), DisksError> {
         let table = fs::read("/proc/self/mountinfo").map_err(DisksError::Table)?;
         let table = table.get(..table.len().min(TABLE_MAX_BYTES)).unwrap_or_default();
         let mut roots = Vec::new();
@@ -79,9 +89,12 @@ impl Disks {
                 }
             }
         }
-        self.lock().roots.extend(roots);
+        let mut stopped = self.lock();
+        stopped.roots.extend(roots);
+        let undone = stopped.thaws != announced.thaws;
+        drop(stopped);
         // Looked at only now: a watchdog that bites later finds the disks listed.
-        if Instant::now() >= until {
+        if undone || Instant::now() >= until {
             self.thaw();
             return Err(DisksError::TooLate);
         }
@@ -93,14 +106,17 @@ impl Disks {
     /// It takes one short write of each disk's head, and no thread of the pool: those may all be
     /// waiting to write.
     pub fn thaw(&self) {
-        let roots = std::mem::take(&mut self.lock().roots);
+        let mut stopped = self.lock();
+        stopped.thaws += 1;
+        let roots = std::mem::take(&mut stopped.roots);
+        drop(stopped);
         thaw(roots);
     }
 
     /// As [`Disks::thaw`], unless a newer freeze was announced. Says whether anything was stopped.
-    pub fn thaw_if(&self, generation: u64) -> bool {
+    pub fn thaw_if(&self, announced: Announced) -> bool {
         let mut stopped = self.lock();
-        if stopped.generation != generation || stopped.roots.is_empty() {
+        if stopped.generation != announced.generation || stopped.roots.is_empty() {
             return false;
         }
         let roots = std::mem::take(&mut stopped.roots);

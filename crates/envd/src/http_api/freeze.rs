@@ -118,8 +118,15 @@ pub(super) async fn freeze(
     let Some(workload) = services.state.settings().workload.clone() else { return no_groups() };
     let groups_max = query.max_cgroups.unwrap_or(GROUPS_MAX);
     tracing::debug!(mode = ?query.mode.unwrap_or(Mode::User), "freezes user processes");
-    let freezing = Arc::clone(&workload);
-    let job = move || freezing.freeze(groups_max, Duration::from_millis(wait_ms));
+    let (generation, wait) = (workload.announce(), Duration::from_millis(wait_ms));
+    let watched = Arc::clone(&workload);
+    // Set before anything stops, and not by the request: its client may leave meanwhile.
+    services.watchdogs.processes.set(&services.state.tasks, PROCESSES_LIMIT + wait, move || {
+        if watched.thaw_if(generation) {
+            tracing::warn!("the host froze user processes and left them; thawed them");
+        }
+    });
+    let job = move || workload.freeze(generation, groups_max, wait);
     let frozen = match task::blocking(job).await {
         Ok(Ok(frozen)) => frozen,
         Ok(Err(error)) => {
@@ -135,11 +142,6 @@ pub(super) async fn freeze(
             return json_error(StatusCode::INTERNAL_SERVER_ERROR, &message);
         }
     };
-    services.watchdogs.processes.set(&services.state.tasks, PROCESSES_LIMIT, move || {
-        if workload.thaw_if(frozen.generation) {
-            tracing::warn!("the host froze user processes and left them; thawed them");
-        }
-    });
     let waited_ms = u64::try_from(frozen.waited.as_millis()).unwrap_or(u64::MAX);
     json(StatusCode::OK, &FreezeAnswer { frozen: true, cgroups: frozen.groups, waited_ms })
 }
@@ -160,16 +162,16 @@ pub(super) async fn freeze_disks(Shared(services): Shared<Services>) -> Response
     if !state.settings().in_guest {
         return no_disks();
     }
-    let generation = state.disks.announce();
+    let announced = state.disks.announce();
     let until = Instant::now() + DISKS_LIMIT;
     let watched = Arc::clone(&state);
     // Set before anything stops, and not by the request: its client may leave meanwhile.
     services.watchdogs.disks.set(&services.state.tasks, DISKS_LIMIT, move || {
-        if watched.disks.thaw_if(generation) {
+        if watched.disks.thaw_if(announced) {
             tracing::warn!("the host stopped the disks and left them; writing goes on");
         }
     });
-    let outcome = task::blocking(move || state.disks.freeze(until)).await;
+    let outcome = task::blocking(move || state.disks.freeze(announced, until)).await;
     let message = match outcome {
         Ok(Ok(())) => return StatusCode::NO_CONTENT.into_response(),
         Ok(Err(error)) => format!("failed to {error}"),

@@ -80,6 +80,10 @@ fn group_of(pid: u32) -> String {
     line.to_owned()
 }
 
+fn freeze(workload: &Workload, groups: usize, limit: Duration) -> Result<Frozen, FreezeError> {
+    workload.freeze(workload.announce(), groups, limit)
+}
+
 fn is_frozen(group: &Path) -> bool {
     let text = fs::read_to_string(group.join("cgroup.events")).expect("there");
     text.lines().any(|line| line == "frozen 1")
@@ -104,14 +108,16 @@ fn a_freeze_stops_everything_but_the_daemon_until_the_thaw() {
     fs::create_dir(playground.0.join(DAEMON)).expect("made");
     fs::create_dir(playground.0.join("other")).expect("made");
     let sleeper = sleeper(&workload, false);
-    let frozen = workload.freeze(4, SOON).expect("frozen");
+    let first = workload.announce();
+    let frozen = workload.freeze(first, 4, SOON).expect("frozen");
     assert_eq!(frozen.groups, 4, "sandbox with two inside, and other");
     assert!(is_frozen(&playground.0.join(USER)) && is_frozen(&playground.0.join("other")));
     assert!(!is_frozen(&playground.0.join(DAEMON)));
-    let again = workload.freeze(4, SOON).expect("still frozen");
-    assert!(!workload.thaw_if(frozen.generation), "a newer freeze is in force");
+    let second = workload.announce();
+    workload.freeze(second, 4, SOON).expect("still frozen");
+    assert!(!workload.thaw_if(first), "a newer freeze is in force");
     assert!(is_frozen(&playground.0.join(USER)));
-    assert!(workload.thaw_if(again.generation));
+    assert!(workload.thaw_if(second));
     assert!(!is_frozen(&playground.0.join(USER)) && !is_frozen(&playground.0.join("other")));
     workload.thaw();
     assert!(workload.start().is_ok());
@@ -125,7 +131,7 @@ fn what_its_owner_froze_stays_frozen() {
     let other = playground.0.join("other");
     fs::create_dir(&other).expect("made");
     fs::write(other.join("cgroup.freeze"), "1").expect("frozen");
-    workload.freeze(4, SOON).expect("frozen");
+    freeze(&workload, 4, SOON).expect("frozen");
     workload.thaw();
     assert!(is_frozen(&other) && !is_frozen(&playground.0.join(SANDBOX)));
 }
@@ -135,16 +141,39 @@ fn a_freeze_waits_for_starts_and_starts_wait_for_the_thaw() {
     let Some(playground) = Playground::find() else { return };
     let workload = Workload::create(&playground.0).expect("made");
     let starting = workload.start().unwrap_or_else(|_| panic!("nothing is frozen"));
-    let outcome = workload.freeze(4, Duration::from_millis(20));
+    let outcome = freeze(&workload, 4, Duration::from_millis(20));
     assert_eq!(outcome, Err(FreezeError::TooSlow(20)));
     assert!(!is_frozen(&playground.0.join(SANDBOX)), "a freeze that failed leaves nothing frozen");
     drop(starting);
-    workload.freeze(4, SOON).expect("frozen");
+    freeze(&workload, 4, SOON).expect("frozen");
     std::thread::scope(|scope| {
         let start = scope.spawn(|| workload.start().is_ok());
         workload.thaw();
         assert!(start.join().expect("no panic"));
     });
+}
+
+#[test]
+fn a_thaw_undoes_a_freeze_that_is_on_its_way() {
+    let Some(playground) = Playground::find() else { return };
+    let workload = Workload::create(&playground.0).expect("made");
+    let late = workload.announce();
+    workload.thaw();
+    assert_eq!(workload.freeze(late, 4, SOON), Err(FreezeError::TooSlow(SOON.as_millis())));
+    assert!(!is_frozen(&playground.0.join(USER)));
+    let starting = workload.start().unwrap_or_else(|_| panic!("nothing is frozen"));
+    let waiting = workload.announce();
+    std::thread::scope(|scope| {
+        let freezing = scope.spawn(|| workload.freeze(waiting, 4, SOON));
+        while !workload.lock().closed {
+            std::thread::yield_now();
+        }
+        workload.thaw();
+        drop(starting);
+        let outcome = freezing.join().expect("no panic");
+        assert_eq!(outcome, Err(FreezeError::TooSlow(SOON.as_millis())));
+    });
+    assert!(workload.start().is_ok(), "the gate is open");
 }
 
 #[test]
@@ -154,7 +183,7 @@ fn too_many_groups_and_no_cgroups_are_said() {
     assert!(matches!(error, WorkloadError::NoCgroups(_)), "{error}");
     let Some(playground) = Playground::find() else { return };
     let workload = Workload::create(&playground.0).expect("made");
-    let outcome = workload.freeze(2, SOON);
+    let outcome = freeze(&workload, 2, SOON);
     assert_eq!(outcome, Err(FreezeError::TooMany { found: 3, limit: 2 }));
     assert!(workload.start().is_ok());
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use belljar_wire::guest::{LOG_TEXT_MAX_BYTES, LogEvent, LogLevel, LogLine, cut_text};
-use memchr::{memchr, memchr_iter};
+use memchr::{memchr, memchr_iter, memchr2};
 
 use crate::clock;
 
@@ -139,7 +139,12 @@ impl Lines {
         now: Instant,
     ) -> bool {
         let mut rest = bytes;
-        if skipping && let Some(at) = memchr(b'\n', rest) {
+        if skipping {
+            // What draws over its own line never ends it otherwise.
+            let Some(at) = memchr2(b'\n', b'\r', rest) else {
+                self.leave_out(rest);
+                return true;
+            };
             self.leave_out(&rest[..=at]);
             rest = &rest[at + 1..];
         }
@@ -164,6 +169,10 @@ impl Lines {
                 at_unix_ms,
                 is_rest: false,
             });
+            if open.bytes.is_empty() {
+                // What there was of it has been told.
+                (open.since, open.at_unix_ms) = (now, at_unix_ms);
+            }
             let room = LOG_TEXT_MAX_BYTES - open.bytes.len();
             if line.len() > room {
                 open.bytes.extend_from_slice(&line[..room]);
@@ -395,6 +404,31 @@ mod tests {
         let seen = cut(&[&[0xff; LOG_TEXT_MAX_BYTES]]);
         assert_eq!(seen.len(), 4);
         assert_eq!(seen.iter().map(|(text, _)| text.chars().count()).sum::<usize>(), 4096);
+    }
+
+    #[test]
+    fn the_middle_of_a_torn_line_is_no_line() {
+        let (mut lines, now) = (Lines::default(), Instant::now());
+        assert!(lines.take(1, &speaker(), b"middle", true, now), "there is room, but no line");
+        assert!(!lines.take(1, &speaker(), b"end\nwhole\n", true, now));
+        let batch = lines.batch(now).expect("a line");
+        assert_eq!(batch[0].text, "whole");
+        assert!(!lines.take(1, &speaker(), b"50%\r60%", true, now), "drawn over");
+    }
+
+    #[test]
+    fn what_is_typed_after_a_prompt_waits_like_any_line() {
+        let (mut lines, start) = (Lines::default(), Instant::now());
+        lines.take(1, &speaker(), b"$ ", false, start);
+        let told = start + PARTIAL_WAIT;
+        assert_eq!(lines.batch(told).expect("the prompt")[0].text, "$ ");
+        let typed = told + Duration::from_secs(600);
+        for key in [b"l", b"s"] {
+            lines.take(1, &speaker(), key, false, typed);
+            assert_eq!(lines.batch(typed), None, "a key is no line");
+        }
+        let batch = lines.batch(typed + PARTIAL_WAIT).expect("both keys");
+        assert_eq!(batch[0].text, "ls");
     }
 
     #[test]

@@ -217,6 +217,21 @@ impl Workload {
         groups_max: usize,
         limit: Duration,
     ) -> Result<Frozen, FreezeError> {
+        let outcome = self.stop(generation, groups_max, limit);
+        if outcome.is_err() {
+            // Also what an earlier freeze had stopped: this one has taken its watchdog's place.
+            self.thaw_if(generation);
+        }
+        outcome
+    }
+
+    /// As [`Workload::freeze`], and leaves what it did when it fails.
+    fn stop(
+        &self,
+        generation: u64,
+        groups_max: usize,
+        limit: Duration,
+    ) -> Result<Frozen, FreezeError> {
         let started = Instant::now();
         let deadline = started + limit;
         let groups = top_groups(&self.root);
@@ -231,10 +246,7 @@ impl Workload {
         }
         gate.closed = true;
         while gate.starting > 0 {
-            let Some(woken) = self.wait(gate, deadline) else {
-                self.thaw_if(generation);
-                return Err(too_slow);
-            };
+            let Some(woken) = self.wait(gate, deadline) else { return Err(too_slow) };
             gate = woken;
             if gate.generation != generation {
                 // A thaw has opened the gate, or a newer freeze holds it.
@@ -245,13 +257,9 @@ impl Workload {
         let stopping = gate.frozen.clone();
         // Not held while waiting: a thaw must never wait for a freeze.
         drop(gate);
-        let outcome = outcome.and_then(|()| {
-            let all = stopping.iter().all(|group| wait_until_frozen(group, deadline));
-            if all { Ok(()) } else { Err(too_slow) }
-        });
-        if let Err(error) = outcome {
-            self.thaw_if(generation);
-            return Err(error);
+        outcome?;
+        if !stopping.iter().all(|group| wait_until_frozen(group, deadline)) {
+            return Err(too_slow);
         }
         Ok(Frozen { groups: found, waited: started.elapsed() })
     }

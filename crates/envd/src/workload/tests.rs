@@ -186,4 +186,8 @@ fn too_many_groups_and_no_cgroups_are_said() {
     let outcome = freeze(&workload, 2, SOON);
     assert_eq!(outcome, Err(FreezeError::TooMany { found: 3, limit: 2 }));
     assert!(workload.start().is_ok());
+    freeze(&workload, 3, SOON).expect("frozen");
+    assert!(freeze(&workload, 2, SOON).is_err());
+    assert!(!is_frozen(&playground.0.join(USER)), "an error leaves nothing frozen");
+    assert!(workload.start().is_ok());
 }

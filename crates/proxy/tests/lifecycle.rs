@@ -11,7 +11,8 @@ use futures::SinkExt as _;
 use hyper::Request;
 use hyper::body::Incoming;
 use support::{
-    Guest, Rig, all_text, channel, data, get, guest_ip, next_data, read_head, soon, target, text,
+    Guest, Rig, all_text, channel, closed_port, data, get, guest_ip, next_data, read_head, soon,
+    target, text,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -176,11 +177,9 @@ async fn a_client_that_leaves_frees_the_guest() {
 async fn a_closed_port_is_known_quickly_and_a_late_service_is_found() {
     let rig = Rig::start(Config::default()).await;
     let ip = guest_ip();
-    let taken = TcpListener::bind((ip, 0)).await.expect("bind");
-    let address = taken.local_addr().expect("an address");
-    drop(taken);
+    let port = closed_port(ip).await;
     let id = rig.publish(ip);
-    let host = format!("{}-{id}.d", address.port());
+    let host = format!("{port}-{id}.d");
     let mut client = rig.http1().await;
     let start = Instant::now();
     let response = client.send_request(get(&host, "/")).await.expect("a response");
@@ -194,7 +193,7 @@ async fn a_closed_port_is_known_quickly_and_a_late_service_is_found() {
     let late = async {
         // Between the second try and the third: the delay is what is tested.
         tokio::time::sleep(Duration::from_millis(30)).await;
-        Guest::start(&rig, ip, address.port(), hello).await
+        Guest::start(&rig, ip, port, hello).await
     };
     let (response, _guest) = futures::future::join(asked, late).await;
     assert_eq!(all_text(response.expect("a response")).await, "hello");

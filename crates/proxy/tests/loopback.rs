@@ -14,7 +14,8 @@ use hyper::body::Incoming;
 use hyper::{Method, Request, Response, Version};
 use hyper_util::rt::TokioIo;
 use support::{
-    Body, Guest, InScope, Rig, all_text, empty, full, get, guest_ip, read_head, soon, text,
+    Body, Guest, InScope, Rig, all_text, closed_port, empty, full, get, guest_ip, read_head, soon,
+    text,
 };
 use tokio::io::{AsyncWriteExt as _, BufWriter, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
@@ -43,6 +44,15 @@ impl Sandbox {
         .await;
         sandbox
     }
+}
+
+async fn ask_by_grpc(rig: &Rig, host: &str) -> String {
+    let request = Request::post(format!("http://{host}/"))
+        .header("content-type", "application/grpc")
+        .body(empty())
+        .expect("a request");
+    let response = soon("an answer", rig.http2().await.send_request(request)).await;
+    all_text(response.expect("an answer")).await
 }
 
 async fn connect(request: Request<Incoming>, scope: Scope, loopback: Ipv4Addr) -> Response<Body> {
@@ -121,12 +131,7 @@ async fn websockets_and_grpc_reach_the_loopback() {
     assert_eq!(echo, Message::text("ping"));
 
     let grpc = Guest::start(&rig, sandbox.loopback, 0, version).await;
-    let request = Request::post(format!("http://{}/", grpc.host(&id)))
-        .header("content-type", "application/grpc")
-        .body(empty())
-        .expect("a request");
-    let response = soon("an answer", rig.http2().await.send_request(request)).await;
-    assert_eq!(all_text(response.expect("an answer")).await, "POST HTTP/2.0");
+    assert_eq!(ask_by_grpc(&rig, &grpc.host(&id)).await, "POST HTTP/2.0");
     rig.stop().await;
 }
 
@@ -151,12 +156,7 @@ async fn a_server_that_speaks_first_is_heard() {
         drop(builder.serve_connection(TokioIo::new(stream), server).await);
         Ok::<(), std::io::Error>(())
     });
-    let request = Request::post(format!("http://8080-{id}.d/"))
-        .header("content-type", "application/grpc")
-        .body(empty())
-        .expect("a request");
-    let response = soon("an answer", rig.http2().await.send_request(request)).await;
-    assert_eq!(all_text(response.expect("an answer")).await, "POST HTTP/2.0");
+    assert_eq!(ask_by_grpc(&rig, &format!("8080-{id}.d")).await, "POST HTTP/2.0");
     rig.stop().await;
 }
 
@@ -164,9 +164,7 @@ async fn a_server_that_speaks_first_is_heard() {
 async fn a_port_closed_everywhere_is_known_quickly_and_a_late_server_is_found() {
     let rig = Rig::start(Config::default()).await;
     let sandbox = Sandbox::start(&rig).await;
-    let taken = TcpListener::bind((sandbox.loopback, 0)).await.expect("bind");
-    let port = taken.local_addr().expect("an address").port();
-    drop(taken);
+    let port = closed_port(sandbox.loopback).await;
     let id = rig.publish(sandbox.ip);
     let host = format!("{port}-{id}.d");
     let mut client = rig.http1().await;
@@ -201,9 +199,7 @@ async fn a_port_closed_everywhere_is_known_quickly_and_a_late_server_is_found() 
 async fn a_server_may_move_between_the_addresses() {
     let rig = Rig::start(Config::default()).await;
     let sandbox = Sandbox::start(&rig).await;
-    let taken = TcpListener::bind((sandbox.loopback, 0)).await.expect("bind");
-    let port = taken.local_addr().expect("an address").port();
-    drop(taken);
+    let port = closed_port(sandbox.loopback).await;
     let host = format!("{port}-{}.d", rig.publish(sandbox.ip));
     for ip in [sandbox.loopback, sandbox.ip, sandbox.loopback] {
         let listener = TcpListener::bind((ip, port)).await.expect("bind");

@@ -19,6 +19,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::log_level::LogLevel;
+
 /// Name of the virtio-serial port that carries this channel.
 pub const PORT_NAME: &str = "belljar.control.1";
 
@@ -132,40 +134,6 @@ pub struct LogLine {
     pub text: String,
     /// Whether the line was longer and goes on in the next one of the same process and stream.
     pub cut: bool,
-}
-
-/// How bad, least first. The words are the REST API's.
-///
-/// Source: `contract/e2b-wire.md` section 1.2, SandboxLogEntry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LogLevel {
-    /// For whoever looks for a fault.
-    Debug,
-    /// As it should be.
-    Info,
-    /// To be looked at.
-    Warn,
-    /// Wrong.
-    Error,
-}
-
-impl LogLevel {
-    /// Its word on the wire.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            LogLevel::Debug => "debug",
-            LogLevel::Info => "info",
-            LogLevel::Warn => "warn",
-            LogLevel::Error => "error",
-        }
-    }
-
-    /// The level a word names.
-    pub fn parse(word: &str) -> Option<LogLevel> {
-        let all = [LogLevel::Debug, LogLevel::Info, LogLevel::Warn, LogLevel::Error];
-        all.into_iter().find(|level| level.as_str() == word)
-    }
 }
 
 /// What a log line is about.

@@ -9,6 +9,8 @@
 
 #[cfg(feature = "guest")]
 pub mod guest;
+#[cfg(any(feature = "guest", feature = "rest"))]
+mod log_level;
 #[cfg(feature = "rest")]
 pub mod rest;
 

@@ -99,6 +99,21 @@ impl LogTap {
         log
     }
 
+    /// The lines to add to and the time, with the allowance that time brings; `None` when no lines
+    /// are kept.
+    fn wanted_lines(&self) -> Option<(MutexGuard<'_, Lines>, Instant)> {
+        if !self.is_wanted() {
+            return None;
+        }
+        let now = Instant::now();
+        let mut lines = self.lock();
+        if !lines.wanted {
+            return None;
+        }
+        lines.allowance.refill(now);
+        Some((lines, now))
+    }
+
     fn ring_for(&self, lines: &mut Lines, now: Instant) {
         let (Some(alarm), Some(at)) = (self.alarm.get(), lines.next_due(now)) else { return };
         if lines.alarm_at.is_some_and(|set| set > now && set <= at) {
@@ -156,16 +171,8 @@ impl ProcessLog {
     }
 
     fn say(&self, level: LogLevel, event: LogEvent, text: String) {
-        if !self.tap.is_wanted() {
-            return;
-        }
-        let now = Instant::now();
-        let mut lines = self.tap.lock();
-        if !lines.wanted {
-            return;
-        }
+        let Some((mut lines, now)) = self.tap.wanted_lines() else { return };
         let speaker = Speaker { author: Arc::clone(&self.author), level, event };
-        lines.allowance.refill(now);
         lines.push(&speaker, &text, false, clock::unix_millis());
         self.tap.ring_for(&mut lines, now);
     }
@@ -184,15 +191,7 @@ pub(super) struct LogStream {
 impl LogStream {
     /// Keeps the lines of a piece of output. Never waits for anything but the lock.
     pub(super) fn take(&mut self, bytes: &[u8]) {
-        if !self.tap.is_wanted() {
-            return;
-        }
-        let now = Instant::now();
-        let mut lines = self.tap.lock();
-        if !lines.wanted {
-            return;
-        }
-        lines.allowance.refill(now);
+        let Some((mut lines, now)) = self.tap.wanted_lines() else { return };
         self.skipping = lines.take(self.id, &self.speaker, bytes, self.skipping, now);
         self.tap.ring_for(&mut lines, now);
     }

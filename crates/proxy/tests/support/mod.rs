@@ -43,6 +43,12 @@ pub(crate) fn guest_ip() -> Ipv4Addr {
     Ipv4Addr::new(127, high.max(1), low, NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
+/// A port of that address on which nobody listens.
+pub(crate) async fn closed_port(ip: Ipv4Addr) -> u16 {
+    let taken = TcpListener::bind((ip, 0)).await.expect("bind");
+    taken.local_addr().expect("an address").port()
+}
+
 /// A proxy that serves on a port of its own.
 pub(crate) struct Rig {
     pub(crate) address: SocketAddr,

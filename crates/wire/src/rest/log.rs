@@ -5,38 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::Time;
-
-/// How bad a line is, least first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LogLevel {
-    /// For whoever looks for a fault.
-    Debug,
-    /// As it should be.
-    Info,
-    /// To be looked at.
-    Warn,
-    /// Wrong.
-    Error,
-}
-
-impl LogLevel {
-    /// Its word on the wire.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            LogLevel::Debug => "debug",
-            LogLevel::Info => "info",
-            LogLevel::Warn => "warn",
-            LogLevel::Error => "error",
-        }
-    }
-
-    /// The level a word names.
-    pub fn parse(word: &str) -> Option<LogLevel> {
-        let all = [LogLevel::Debug, LogLevel::Info, LogLevel::Warn, LogLevel::Error];
-        all.into_iter().find(|level| level.as_str() == word)
-    }
-}
+pub use crate::log_level::LogLevel;
 
 /// One line of a sandbox's log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

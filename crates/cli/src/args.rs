@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use belljar_control::Database;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// A self-hosted sandbox cloud for AI agents that speaks the E2B API.
@@ -68,6 +69,11 @@ pub(crate) struct Up {
     /// Longest life of a sandbox, in hours.
     #[arg(long, env = "BELLJAR_TIMEOUT_HOURS_MAX", default_value_t = 24, value_name = "HOURS")]
     pub(crate) timeout_hours_max: u32,
+    /// Database: `postgres://user:password@host/name`, or a file [default: belljar.db in the data folder].
+    ///
+    /// A password in an argument shows in the list of processes; the variable does not.
+    #[arg(long, env = "BELLJAR_DATABASE", hide_env_values = true, value_name = "URL")]
+    pub(crate) database: Option<Database>,
 }
 
 /// How sandboxes are isolated.

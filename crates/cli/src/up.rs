@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use belljar_control::{ApiKey, Store};
+use belljar_control::{ApiKey, Database, Store};
 use belljar_daemon::{OnError, Scope};
 use belljar_network::{FakeSlots, OpenError, SlotPool, Slots, SlotsConfig};
 use belljar_proxy::MemoryCatalog;
@@ -278,7 +278,8 @@ async fn start_control(
     listener: TcpListener,
     scope: &Scope,
 ) -> Result<String> {
-    let store = Store::open(&local.database()).await.context("failed to open the database")?;
+    let database = options.database.clone().unwrap_or_else(|| Database::Sqlite(local.database()));
+    let store = Store::connect(&database).await.context("failed to open the database")?;
     let api_key = team_key(local, &store).await?;
     let config = belljar_control::Config {
         max_sandbox_length: Duration::from_secs(u64::from(options.timeout_hours_max) * 3600),

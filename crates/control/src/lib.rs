@@ -1,7 +1,7 @@
 //! The control plane: the public REST API, teams and keys, and which sandbox runs where.
 //!
 //! One process-wide table of live sandboxes answers every request; it follows the node, which owns
-//! the truth. The store (SQLite) is written behind it and read at start, so that creating a
+//! the truth. The store (SQLite or PostgreSQL) is written behind it and read at start, so that creating a
 //! sandbox waits for the node alone:
 //!
 //! ```text
@@ -36,5 +36,5 @@ pub use keys::{ApiKey, ApiKeyError};
 pub use node::NodeCallError;
 pub use route::{Route, RouteSink};
 pub use serve::{ServeError, serve};
-pub use store::{Store, StoreError};
+pub use store::{Database, DatabaseError, Store, StoreError};
 pub use team::{Team, TeamId};

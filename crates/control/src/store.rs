@@ -1,39 +1,33 @@
-//! What outlives the process: teams, keys and every run of a sandbox, in SQLite.
+//! What outlives the process: teams, keys, runs of sandboxes, events, usage.
 //!
-//! Templates are not here: the node has them, and says so at every reconcile.
+//! SQLite is the embedded default, PostgreSQL what several machines share; every function works on
+//! both, and every test of one runs on both. Templates are not here: the node has them, and says so
+//! at every reconcile.
 //!
-//! The file holds the seed of all sandbox tokens, so it is made readable by its owner only.
+//! The database holds the seed of all sandbox tokens, so a file is made readable by its owner only.
 
+mod database;
 mod sandboxes;
+mod teams;
+#[cfg(test)]
+pub(crate) mod testing;
 
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use belljar_daemon::clock;
 use belljar_domain::Kind;
-use sqlx::sqlite::{
-    SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
-};
 
-use crate::keys::{ApiKey, KeyHash, PREFIX};
-use crate::team::{Team, TeamId};
 use crate::token::TokenSeed;
 
+pub use database::{Database, DatabaseError};
+pub(crate) use database::{Pool, Tx, on_pool, on_tx};
 pub(crate) use sandboxes::{RunRow, Spawned};
 
-static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("./migrations");
-
-/// Readers may run beside the one writer; more connections than this only wait for each other.
-const MAX_CONNECTIONS: u32 = 4;
-/// How long a statement waits for another process that holds the file, and a caller for a connection.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 const SEED_SETTING: &str = "envd_token_seed";
 
 /// The store. Cheap to clone; all clones share one pool.
 #[derive(Debug, Clone)]
 pub struct Store {
-    pool: SqlitePool,
+    pool: Pool,
 }
 
 /// Why the store did not do what it was asked.
@@ -49,20 +43,20 @@ pub enum StoreError {
         #[source]
         source: std::io::Error,
     },
-    /// The file is not a database, or not reachable.
-    #[error("open the database {}", path.display())]
+    /// The file is not a database, or the server not reachable.
+    #[error("open the database {database}")]
     Open {
-        /// The file.
-        path: PathBuf,
+        /// Which.
+        database: Database,
         /// Why.
         #[source]
         source: sqlx::Error,
     },
     /// The database is newer than this program, or damaged.
-    #[error("bring the database {} up to date", path.display())]
+    #[error("bring the database {database} up to date")]
     Migrate {
-        /// The file.
-        path: PathBuf,
+        /// Which.
+        database: Database,
         /// Why.
         #[source]
         source: sqlx::migrate::MigrateError,
@@ -108,31 +102,20 @@ fn corrupt(what: &'static str, value: &str) -> StoreError {
 }
 
 impl Store {
-    /// Opens the store at `path`, making it and bringing it up to date as needed.
+    /// Opens the store in the file `path`; see [`Store::connect`].
     ///
     /// # Errors
     /// [`StoreError`] when the file cannot be made or opened, or was written by a newer version.
     pub async fn open(path: &Path) -> Result<Store, StoreError> {
-        create_private(path)?;
-        let options = SqliteConnectOptions::new()
-            .filename(path)
-            .journal_mode(SqliteJournalMode::Wal)
-            // The log is synced at checkpoints: a power cut may lose the last rows, which the
-            // reconciler rewrites, and never the database.
-            .synchronous(SqliteSynchronous::Normal)
-            .busy_timeout(BUSY_TIMEOUT)
-            .foreign_keys(true);
-        let pool = SqlitePoolOptions::new()
-            .max_connections(MAX_CONNECTIONS)
-            .acquire_timeout(BUSY_TIMEOUT)
-            .connect_with(options)
-            .await
-            .map_err(|source| StoreError::Open { path: path.to_owned(), source })?;
-        MIGRATIONS
-            .run(&pool)
-            .await
-            .map_err(|source| StoreError::Migrate { path: path.to_owned(), source })?;
-        Ok(Store { pool })
+        Store::connect(&Database::Sqlite(path.to_owned())).await
+    }
+
+    /// Opens the store, making its tables and bringing them up to date as needed.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the database cannot be made or reached, or was written by a newer version.
+    pub async fn connect(database: &Database) -> Result<Store, StoreError> {
+        Ok(Store { pool: Pool::open(database).await? })
     }
 
     /// Closes every connection and waits for it. Clones are unusable afterwards.
@@ -140,141 +123,72 @@ impl Store {
         self.pool.close().await;
     }
 
-    /// The team called `slug`, made if there is none.
-    ///
-    /// # Errors
-    /// [`StoreError`] when the database fails.
-    pub async fn ensure_team(&self, slug: &str) -> Result<Team, StoreError> {
-        sqlx::query(
-            "INSERT INTO teams (id, slug, created_at_ms) VALUES (?, ?, ?) \
-             ON CONFLICT (slug) DO NOTHING",
-        )
-        .bind(TeamId::random().to_string())
-        .bind(slug)
-        .bind(clock::now().0)
-        .execute(&self.pool)
-        .await
-        .map_err(during("make a team"))?;
-        let id: String = sqlx::query_scalar("SELECT id FROM teams WHERE slug = ?")
-            .bind(slug)
-            .fetch_one(&self.pool)
-            .await
-            .map_err(during("find a team"))?;
-        let id = TeamId::parse(&id).ok_or_else(|| corrupt("a team id", &id))?;
-        Ok(Team { id, slug: slug.to_owned() })
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
     }
 
-    /// Lets `key` act for `team`. A key that is already there stays with its team.
-    ///
-    /// # Errors
-    /// [`StoreError`] when the database fails.
-    pub async fn add_key(&self, team: &TeamId, key: &ApiKey) -> Result<(), StoreError> {
-        let mask = key.mask();
-        sqlx::query(
-            "INSERT INTO api_keys (hash, team_id, prefix, value_length, masked_prefix, \
-             masked_suffix, created_at_ms) VALUES (?, ?, ?, ?, ?, ?, ?) \
-             ON CONFLICT (hash) DO NOTHING",
-        )
-        .bind(key.hash().as_str())
-        .bind(team.to_string())
-        .bind(PREFIX)
-        .bind(i64::try_from(mask.value_length).unwrap_or(i64::MAX))
-        .bind(mask.head)
-        .bind(mask.tail)
-        .bind(clock::now().0)
-        .execute(&self.pool)
-        .await
-        .map_err(during("add an API key"))?;
-        Ok(())
-    }
-
-    /// Whether `key` opens anything.
-    ///
-    /// # Errors
-    /// [`StoreError`] when the database fails.
-    pub async fn has_key(&self, key: &ApiKey) -> Result<bool, StoreError> {
-        Ok(self.team_of_key(&key.hash()).await?.is_some())
-    }
-
-    /// The team a key acts for.
-    pub(crate) async fn team_of_key(&self, hash: &KeyHash) -> Result<Option<Team>, StoreError> {
-        let row: Option<(String, String)> = sqlx::query_as(
-            "SELECT teams.id, teams.slug FROM api_keys JOIN teams ON teams.id = api_keys.team_id \
-             WHERE api_keys.hash = ?",
-        )
-        .bind(hash.as_str())
-        .fetch_optional(&self.pool)
-        .await
-        .map_err(during("find an API key"))?;
-        row.map(|(id, slug)| {
-            let id = TeamId::parse(&id).ok_or_else(|| corrupt("a team id", &id))?;
-            Ok(Team { id, slug })
-        })
-        .transpose()
+    /// Begins a transaction that will write; `what` names it in errors.
+    pub(crate) async fn begin(&self, what: &'static str) -> Result<Tx, StoreError> {
+        self.pool.begin(what).await
     }
 
     /// The seed of all sandbox tokens, made at first use.
     pub(crate) async fn token_seed(&self) -> Result<TokenSeed, StoreError> {
-        sqlx::query("INSERT INTO settings (key, value) VALUES (?, ?) ON CONFLICT (key) DO NOTHING")
+        on_pool!(self, pool => {
+            sqlx::query(
+                "INSERT INTO settings (key, value) VALUES ($1, $2) ON CONFLICT (key) DO NOTHING",
+            )
             .bind(SEED_SETTING)
             .bind(TokenSeed::random().to_stored())
-            .execute(&self.pool)
+            .execute(pool)
             .await
             .map_err(during("make the token seed"))?;
-        let text: String = sqlx::query_scalar("SELECT value FROM settings WHERE key = ?")
-            .bind(SEED_SETTING)
-            .fetch_one(&self.pool)
-            .await
-            .map_err(during("read the token seed"))?;
+        });
+        let text: String = on_pool!(self, pool => {
+            sqlx::query_scalar("SELECT value FROM settings WHERE key = $1")
+                .bind(SEED_SETTING)
+                .fetch_one(pool)
+                .await
+                .map_err(during("read the token seed"))?
+        });
         // The value is a secret even when it is damaged, so it is not repeated in the error.
         TokenSeed::from_stored(&text).ok_or_else(|| corrupt("the token seed", "***"))
     }
 }
 
-/// Makes `path` readable by its owner only; SQLite gives its side files the same mode.
-fn create_private(path: &Path) -> Result<(), StoreError> {
-    std::fs::OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(path)
-        .map(drop)
-        .map_err(|source| StoreError::File { path: path.to_owned(), source })
-}
-
 #[cfg(test)]
 mod tests {
+    use super::testing::{Bench, on_both};
     use super::*;
+    use crate::keys::ApiKey;
     use std::os::unix::fs::PermissionsExt as _;
-
-    async fn store() -> (tempfile::TempDir, Store) {
-        let dir = tempfile::tempdir().expect("a temporary folder");
-        let store = Store::open(&dir.path().join("control.db")).await.expect("a new store");
-        (dir, store)
-    }
 
     #[tokio::test]
     async fn teams_keys_and_the_seed_survive_reopening() {
-        let (dir, store) = store().await;
-        let team = store.ensure_team("default").await.expect("a team");
-        let key = ApiKey::random();
-        assert!(!store.has_key(&key).await.expect("a lookup"));
-        store.add_key(&team.id, &key).await.expect("a key");
-        store.add_key(&team.id, &key).await.expect("the same key again");
-        let seed = store.token_seed().await.expect("a seed").to_stored();
-        store.close().await;
+        on_both(async |bench: Bench| {
+            let store = bench.store().await;
+            let team = store.ensure_team("default").await.expect("a team");
+            let key = ApiKey::random();
+            assert!(!store.has_key(&key).await.expect("a lookup"));
+            store.add_key(&team.id, &key).await.expect("a key");
+            store.add_key(&team.id, &key).await.expect("the same key again");
+            let seed = store.token_seed().await.expect("a seed").to_stored();
+            store.close().await;
 
-        let store = Store::open(&dir.path().join("control.db")).await.expect("the same store");
-        assert_eq!(store.ensure_team("default").await.expect("the team"), team);
-        assert_eq!(store.team_of_key(&key.hash()).await.expect("a lookup"), Some(team));
-        assert!(!store.has_key(&ApiKey::random()).await.expect("a lookup"));
-        assert_eq!(store.token_seed().await.expect("the seed").to_stored(), seed);
-        store.close().await;
+            let store = bench.store().await;
+            assert_eq!(store.ensure_team("default").await.expect("the team"), team);
+            assert_eq!(store.team_of_key(&key.hash()).await.expect("a lookup"), Some(team));
+            assert!(!store.has_key(&ApiKey::random()).await.expect("a lookup"));
+            assert_eq!(store.token_seed().await.expect("the seed").to_stored(), seed);
+            store.close().await;
+        })
+        .await;
     }
 
     #[tokio::test]
     async fn only_the_owner_can_read_the_file() {
-        let (dir, store) = store().await;
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let store = Store::open(&dir.path().join("control.db")).await.expect("a new store");
         for entry in dir.path().read_dir().expect("the folder") {
             let entry = entry.expect("an entry");
             let mode = entry.metadata().expect("its metadata").permissions().mode();
@@ -291,5 +205,9 @@ mod tests {
         assert!(matches!(Store::open(&path).await, Err(StoreError::Open { .. })));
         let missing = dir.path().join("no/such/folder/control.db");
         assert!(matches!(Store::open(&missing).await, Err(StoreError::File { .. })));
+        let nobody = "postgres://ann:hunter2@127.0.0.1:1/x".parse().expect("an address");
+        let error = Store::connect(&nobody).await.expect_err("nobody listens there");
+        assert!(matches!(error, StoreError::Open { .. }), "{error:?}");
+        assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
     }
 }

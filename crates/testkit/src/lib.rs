@@ -6,6 +6,7 @@
 pub mod environment;
 pub mod leaks;
 pub mod logs;
+pub mod postgres;
 
 mod cgroups;
 mod network;

@@ -44,6 +44,7 @@ const PACKAGES: &[Package] = &[
     any("python3", "runs the official Python SDK"),
     any("python3-venv", "keeps the Python SDK away from the system"),
     any("ca-certificates", "downloads of the SDKs"),
+    any("postgresql", "the other database, in the tests of the store"),
     any("openssl", "certificate for the previous SDK, which speaks TLS only"),
 ];
 

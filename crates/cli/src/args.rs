@@ -37,6 +37,8 @@ pub(crate) struct Place {
 pub(crate) enum Command {
     /// Start the server: control, proxy and node in one process, until Ctrl-C.
     Up(Up),
+    /// Start a node alone: the sandboxes of this host, for a `belljar up --node` elsewhere on it.
+    Node(Node),
     /// Print the `export` lines that point the SDKs at the running server.
     Env,
     /// Check this machine and say, or with --fix do, what is missing.
@@ -60,12 +62,17 @@ pub(crate) struct Up {
     /// Port of sandbox traffic; 0 takes a free one.
     #[arg(long, env = "BELLJAR_PROXY_PORT", default_value_t = 3002, value_name = "PORT")]
     pub(crate) proxy_port: u16,
-    /// How sandboxes are isolated.
-    #[arg(long, env = "BELLJAR_RUNTIME", value_enum, default_value_t = RuntimeChoice::Auto)]
-    pub(crate) runtime: RuntimeChoice,
-    /// Most sandboxes at once.
-    #[arg(long, env = "BELLJAR_SANDBOXES_MAX", default_value_t = 100, value_name = "N")]
-    pub(crate) sandboxes_max: u16,
+    #[command(flatten)]
+    pub(crate) host: HostOptions,
+    /// Use the node that serves on this unix socket instead of one in this process.
+    #[arg(
+        long = "node",
+        env = "BELLJAR_NODES",
+        value_delimiter = ',',
+        conflicts_with = "runtime",
+        value_name = "SOCKET"
+    )]
+    pub(crate) nodes: Vec<PathBuf>,
     /// Longest life of a sandbox, in hours.
     #[arg(long, env = "BELLJAR_TIMEOUT_HOURS_MAX", default_value_t = 24, value_name = "HOURS")]
     pub(crate) timeout_hours_max: u32,
@@ -74,6 +81,27 @@ pub(crate) struct Up {
     /// A password in an argument shows in the list of processes; the variable does not.
     #[arg(long, env = "BELLJAR_DATABASE", hide_env_values = true, value_name = "URL")]
     pub(crate) database: Option<Database>,
+}
+
+/// `belljar node`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Node {
+    /// Unix socket to serve on [default: node.sock in the data folder].
+    #[arg(long, env = "BELLJAR_NODE_SOCKET", value_name = "SOCKET")]
+    pub(crate) socket: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) host: HostOptions,
+}
+
+/// What sandboxes of this host are, and how many.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct HostOptions {
+    /// How sandboxes are isolated.
+    #[arg(long, env = "BELLJAR_RUNTIME", value_enum, default_value_t = RuntimeChoice::Auto)]
+    pub(crate) runtime: RuntimeChoice,
+    /// Most sandboxes at once.
+    #[arg(long, env = "BELLJAR_SANDBOXES_MAX", default_value_t = 100, value_name = "N")]
+    pub(crate) sandboxes_max: u16,
 }
 
 /// How sandboxes are isolated.

@@ -7,12 +7,15 @@ mod api;
 mod args;
 mod catalog;
 mod doctor;
+mod host;
 mod lock;
 mod logs;
+mod node;
 mod output;
 mod preset;
 mod sandbox;
 mod server_file;
+mod stop;
 mod template;
 mod template_build;
 mod up;
@@ -67,6 +70,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode> {
     let target = || Target::find(&local, &environment.sdk);
     match cli.command {
         Command::Up(options) => up::run(local, options, cli.json).await,
+        Command::Node(options) => node::run(local, options, cli.json).await,
         Command::Env => print_env(&local, cli.json),
         Command::Doctor(options) => doctor::run(&local, &options, cli.json).await,
         Command::Sandbox(SandboxCommand::List) => sandbox::list(target()?, cli.json).await,

@@ -16,10 +16,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::args::{Rootfs, RuntimeChoice, TemplateBuild};
+use crate::host::{isolate, open_slot_pool};
 use crate::lock;
 use crate::output;
 use crate::preset::{Local, SlotRange};
-use crate::up::{StopSignals, isolate, open_slot_pool};
+use crate::stop::StopSignals;
 
 /// The guest's name server until egress rules name another. Source: contract section 1.2.
 const GUEST_DNS: std::net::Ipv4Addr = std::net::Ipv4Addr::new(8, 8, 8, 8);

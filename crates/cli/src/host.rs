@@ -47,7 +47,7 @@ impl Host {
         let isolation = isolate(options.runtime).await?;
         let (slots, range) = open_slots(local, options, root).await?;
         let deps = Deps { runtime: isolation.runtime.clone(), slots: slots.clone() };
-        let settings = local.sandbox_settings(options.sandboxes_max, range);
+        let settings = local.sandbox_settings(options, range);
         let opened = Sandboxes::open(settings, deps, root.child("sandboxes")).await;
         let (sandboxes, reclaimed) = match opened {
             Ok(opened) => opened,
@@ -73,6 +73,7 @@ impl Host {
     /// Serves the node RPC on `socket` in `scope`; returns once it answers.
     pub(crate) async fn start_node(&self, socket: PathBuf, scope: &Scope) -> Result<()> {
         let config = belljar_node::Config {
+        commit: option_env!("BELLJAR_COMMIT").unwrap_or_default().to_owned(),
             node_id: self.tag.clone(),
             socket,
             tier: self.isolation.runtime.tier(),

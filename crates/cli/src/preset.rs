@@ -9,13 +9,35 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use belljar_network::Ipv4Cidr;
-use belljar_sandbox::Settings;
+use belljar_sandbox::admission::Limits;
+use belljar_sandbox::metrics::Figures;
+use belljar_sandbox::{MetricsFrom, Settings};
 use sha2::{Digest as _, Sha256};
 
-use crate::args::Place;
+use crate::args::{HostOptions, Place, RuntimeChoice};
 
 /// First user id of machine processes: above what Debian, systemd and container id maps hand out.
 const MACHINE_UID_BASE: u32 = 2_140_000_000;
+
+/// Virtual processors for each of the host's: sandboxes mostly wait for whoever
+/// drives them, and what they have at a time is shared fairly among them.
+const CPU_OVERCOMMIT: u64 = 64;
+/// Of the host's memory, for guests; the rest is for the machines themselves and this server.
+const MEMORY_PERCENT: u64 = 90;
+/// Room that stays where private disks are, for the database and for sandboxes that already run.
+const DISK_RESERVE_MIB: u64 = 1024;
+/// What sandboxes of the fake runtime say they use.
+const FAKE_FIGURES: Figures = Figures {
+    cpu_count: 0,
+    cpu_used_pct: 1.5,
+    mem_used_bytes: 64 << 20,
+    mem_total_bytes: 0,
+    mem_cache_bytes: 16 << 20,
+    disk_used_bytes: 256 << 20,
+    disk_total_bytes: 0,
+};
+/// Callers of a create give up after a minute; one that waited this long could still start.
+const STARTING_WAIT_MAX: Duration = Duration::from_secs(15);
 
 /// A single-machine server's folders and names.
 #[derive(Debug, Clone)]
@@ -90,17 +112,20 @@ impl Local {
         self.is_root.then(|| MACHINE_UID_BASE + u32::from(range.0) * SlotRange::ADDRESSES)
     }
 
-    pub(crate) fn sandbox_settings(&self, sandboxes_max: u16, range: SlotRange) -> Settings {
+    pub(crate) fn sandbox_settings(&self, options: &HostOptions, range: SlotRange) -> Settings {
         Settings {
             host_tag: self.host_tag.clone(),
             ledger_dir: self.data_dir.join("ledger"),
+            untold_dir: self.data_dir.join("untold-ends"),
             run_dir: self.run_dir.clone(),
             overlay_dir: self.data_dir.join("overlays"),
             templates_dir: self.templates_dir(),
             machine_uid_base: self.machine_uid_base(range),
-            sandboxes_max: usize::from(sandboxes_max),
-            // Restores are bound by processor time: more at once only makes each one slower.
-            starting_max: std::thread::available_parallelism().map_or(2, usize::from) * 4,
+            limits: limits(options),
+            metrics: match options.runtime {
+                RuntimeChoice::Fake => MetricsFrom::Made(FAKE_FIGURES),
+                RuntimeChoice::Auto | RuntimeChoice::Emulated => MetricsFrom::Guests,
+            },
             ready_deadline: Duration::from_secs(30),
             teardown_step_deadline: Duration::from_secs(15),
         }
@@ -125,6 +150,34 @@ impl SlotRange {
     pub(crate) fn all(self) -> impl Iterator<Item = SlotRange> {
         (0..Self::COUNT).map(move |step| SlotRange((self.0 + step) % Self::COUNT))
     }
+}
+
+/// What sandboxes may take of this host together.
+fn limits(options: &HostOptions) -> Limits {
+    let cpus = std::thread::available_parallelism().map_or(2, usize::from);
+    // Machines of the fake runtime are no machines: they take neither processors nor memory.
+    let (vcpus, memory_mib) = if options.runtime == RuntimeChoice::Fake {
+        (u64::MAX, u64::MAX)
+    } else {
+        let vcpus = u64::try_from(cpus).unwrap_or(u64::MAX).saturating_mul(CPU_OVERCOMMIT);
+        (vcpus, memory_mib().map_or(u64::MAX, |total| total / 100 * MEMORY_PERCENT))
+    };
+    Limits {
+        vcpus,
+        memory_mib,
+        disk_reserve_mib: DISK_RESERVE_MIB,
+        sandboxes_max: usize::from(options.sandboxes_max),
+        // Restores are bound by processor time: more at once only makes each one slower.
+        starting_max: cpus * 4,
+        starting_wait_max: STARTING_WAIT_MAX,
+    }
+}
+
+/// This host's memory, MiB.
+fn memory_mib() -> Option<u64> {
+    let info = rustix::system::sysinfo();
+    let unit = u64::from(info.mem_unit).max(1);
+    Some(u64::try_from(info.totalram).ok()?.saturating_mul(unit) >> 20)
 }
 
 /// Four characters that differ between data folders.

@@ -168,20 +168,28 @@ impl Node {
 
     /// Everything the node holds. A sandbox this process cannot read is left out, with a warning.
     pub(crate) async fn list(&self) -> Result<Vec<Observed>, NodeCallError> {
-        let answer = self
-            .client
-            .list_sandboxes_with_options(ListSandboxesRequest::default(), within(CALL_DEADLINE))
-            .await
-            .map_err(|source| NodeCallError { what: "list sandboxes", source })?
-            .into_owned();
-        let readable = answer.sandboxes.iter().filter_map(|info| {
-            observed(info)
-                .inspect_err(|reason| {
-                    warn!(sandbox = info.sandbox_id, reason, "unreadable sandbox")
-                })
-                .ok()
-        });
-        Ok(readable.collect())
+        const LIST: &str = "list sandboxes";
+        let mut found = Vec::new();
+        let mut after = String::new();
+        loop {
+            let request =
+                ListSandboxesRequest { after_sandbox_id: after.clone(), ..Default::default() };
+            let page = self
+                .client
+                .list_sandboxes_with_options(request, within(CALL_DEADLINE))
+                .await
+                .map_err(|source| NodeCallError { what: LIST, source })?
+                .into_owned();
+            found.extend(page.sandboxes.iter().filter_map(readable));
+            if page.next_after_sandbox_id.is_empty() {
+                return Ok(found);
+            }
+            // Ids only grow from page to page, or this would never end.
+            if page.next_after_sandbox_id <= after {
+                return Err(malformed(LIST, "its pages do not go on"));
+            }
+            after = page.next_after_sandbox_id;
+        }
     }
 
     /// Moves the end of a sandbox.
@@ -291,6 +299,12 @@ impl Watch {
             }
         }
     }
+}
+
+fn readable(info: &SandboxInfo) -> Option<Observed> {
+    observed(info)
+        .inspect_err(|reason| warn!(sandbox = info.sandbox_id, reason, "unreadable sandbox"))
+        .ok()
 }
 
 fn watch_failed(source: ConnectError) -> NodeCallError {

@@ -1,9 +1,17 @@
 //! Between the node RPC's messages and the domain: parsed once, here.
 
-use belljar_domain::{IdError, Kind, Secret, UnixMillis};
+use std::str::FromStr;
+
+use belljar_domain::{IdError, Kind, SandboxId, Secret, UnixMillis};
+use belljar_sandbox::admission::{Refused, Status};
+use belljar_sandbox::metrics::Sample;
 use belljar_sandbox::template::Template;
-use belljar_sandbox::{CreateSandbox, Direction, Ended, LogEntry, LogQuery, SandboxInfo};
+use belljar_sandbox::{
+    CreateError, CreateSandbox, Direction, Ended, LogEntry, LogQuery, SandboxInfo, Starting,
+    Untold, Usage,
+};
 use belljar_wire::guest::LogLevel;
+use belljar_wire::refusal::Refusal;
 use belljar_wire::rpc::belljar::node::v1 as pb;
 use connectrpc::{ConnectError, ErrorCode};
 
@@ -27,9 +35,18 @@ pub(crate) fn bad_id(error: &IdError) -> ConnectError {
     ConnectError::new(code(Kind::Invalid), format!("failed to {error}"))
 }
 
+/// Longest terms of a create, bytes: whatever a create of the public API can hold, and small enough
+/// to be written before each start.
+const TERMS_MAX_BYTES: usize = 1024 * 1024;
+
 pub(crate) fn create_request(
     from: pb::CreateSandboxRequest,
 ) -> Result<CreateSandbox, ConnectError> {
+    if from.terms.len() > TERMS_MAX_BYTES {
+        let message =
+            format!("`terms` has {} bytes, at most {TERMS_MAX_BYTES} are taken", from.terms.len());
+        return Err(ConnectError::new(code(Kind::Invalid), message));
+    }
     Ok(CreateSandbox {
         sandbox_id: from.sandbox_id.parse().map_err(|e| bad_id(&e))?,
         execution_id: from.execution_id.parse().map_err(|e| bad_id(&e))?,
@@ -40,6 +57,7 @@ pub(crate) fn create_request(
             .then(|| Secret::new(from.envd_access_token)),
         env_vars: from.env_vars.into_iter().collect(),
         allow_internet_access: from.allow_internet_access,
+        terms: from.terms.into(),
     })
 }
 
@@ -55,8 +73,164 @@ pub(crate) fn sandbox_info(info: &SandboxInfo) -> pb::SandboxInfo {
         vcpus: info.vcpus.0,
         memory_mib: info.memory.0,
         disk_mib: info.disk.0,
-        envd_version: info.envd_version.clone(),
+        envd_version: info.envd_version.to_string(),
+        terms: info.terms.to_string(),
         ..pb::SandboxInfo::default()
+    }
+}
+
+/// Texts of one page of sandboxes, bytes; a page may be longer by one sandbox. Half of what a client
+/// takes as one message.
+const PAGE_BYTES: usize = 2 * 1024 * 1024;
+/// What a sandbox takes in an answer besides its terms.
+const SANDBOX_COST_BYTES: usize = 256;
+
+/// The first of `infos` that fit one answer, and the last id of the page when there are more.
+pub(crate) fn sandbox_page(infos: &[SandboxInfo]) -> (Vec<pb::SandboxInfo>, String) {
+    let mut bytes = 0;
+    let fits = |info: &&SandboxInfo| {
+        let before = bytes;
+        bytes += info.terms.len() + SANDBOX_COST_BYTES;
+        before < PAGE_BYTES
+    };
+    let page: Vec<pb::SandboxInfo> = infos.iter().take_while(fits).map(sandbox_info).collect();
+    let more = page.len() < infos.len();
+    let next = page.last().filter(|_| more).map(|last| last.sandbox_id.clone());
+    (page, next.unwrap_or_default())
+}
+
+pub(crate) fn starting(starting: Starting) -> pb::StartingSandbox {
+    pb::StartingSandbox {
+        sandbox_id: starting.sandbox_id.to_string(),
+        execution_id: starting.execution_id.to_string(),
+        ..pb::StartingSandbox::default()
+    }
+}
+
+pub(crate) fn untold(end: Untold) -> pb::ReclaimedSandbox {
+    pb::ReclaimedSandbox {
+        sandbox_id: end.sandbox_id.to_string(),
+        execution_id: end.execution_id.to_string(),
+        template_id: end.template_id.to_string(),
+        build_id: end.build_id.to_string(),
+        terms: end.terms,
+        started_at_unix_ms: end.started_at.0,
+        end_at_unix_ms: end.end_at.0,
+        vcpus: end.vcpus.0,
+        memory_mib: end.memory.0,
+        disk_mib: end.disk.0,
+        reclaimed_at_unix_ms: end.noticed_at.0,
+        reason: end.how.as_str().to_owned(),
+        ..pb::ReclaimedSandbox::default()
+    }
+}
+
+/// Most ids of one request.
+pub(crate) const IDS_MAX: usize = 10_000;
+
+pub(crate) fn ids<T: FromStr<Err = IdError>>(texts: &[String]) -> Result<Vec<T>, ConnectError> {
+    if texts.len() > IDS_MAX {
+        let message = format!("{} ids were sent, at most {IDS_MAX} are taken", texts.len());
+        return Err(ConnectError::new(code(Kind::Invalid), message));
+    }
+    texts.iter().map(|text| text.parse().map_err(|e| bad_id(&e))).collect()
+}
+
+pub(crate) fn status(status: Status) -> pb::NodeStatus {
+    match status {
+        Status::Ready => pb::NodeStatus::NODE_STATUS_READY,
+        Status::Draining => pb::NodeStatus::NODE_STATUS_DRAINING,
+        Status::Standby => pb::NodeStatus::NODE_STATUS_STANDBY,
+    }
+}
+
+/// What a status on the wire means; `None` when it is none.
+pub(crate) fn wanted_status(status: Option<pb::NodeStatus>) -> Result<Status, ConnectError> {
+    match status {
+        Some(pb::NodeStatus::NODE_STATUS_READY) => Ok(Status::Ready),
+        Some(pb::NodeStatus::NODE_STATUS_DRAINING) => Ok(Status::Draining),
+        Some(pb::NodeStatus::NODE_STATUS_STANDBY) => Ok(Status::Standby),
+        Some(pb::NodeStatus::NODE_STATUS_UNSPECIFIED) | None => {
+            let message = "`status` must be ready, draining or standby";
+            Err(ConnectError::new(code(Kind::Invalid), message))
+        }
+    }
+}
+
+pub(crate) fn samples(sandbox_id: &SandboxId, samples: &[Sample]) -> pb::SandboxSamples {
+    pb::SandboxSamples {
+        sandbox_id: sandbox_id.to_string(),
+        samples: samples.iter().map(sample).collect(),
+        ..pb::SandboxSamples::default()
+    }
+}
+
+fn sample(sample: &Sample) -> pb::MetricsSample {
+    let figures = sample.figures;
+    pb::MetricsSample {
+        at_unix_ms: sample.at.0,
+        cpu_count: figures.cpu_count,
+        cpu_used_pct: figures.cpu_used_pct,
+        mem_used_bytes: figures.mem_used_bytes,
+        mem_total_bytes: figures.mem_total_bytes,
+        mem_cache_bytes: figures.mem_cache_bytes,
+        disk_used_bytes: figures.disk_used_bytes,
+        disk_total_bytes: figures.disk_total_bytes,
+        ..pb::MetricsSample::default()
+    }
+}
+
+/// Adds what sandboxes make of the host to what the kernel says of it.
+pub(crate) fn load(usage: &Usage, host: pb::Load) -> pb::Load {
+    pb::Load {
+        sandbox_count: u32::try_from(usage.running).unwrap_or(u32::MAX),
+        starting_count: u32::try_from(usage.starting).unwrap_or(u32::MAX),
+        allocated_vcpus: usage.allocated.vcpus,
+        allocated_memory_mib: usage.allocated.memory_mib,
+        allocated_disk_mib: usage.allocated.disk_mib,
+        create_successes: usage.created,
+        create_fails: usage.failed,
+        ..host
+    }
+}
+
+pub(crate) fn capacity(usage: &Usage) -> pb::Capacity {
+    let limits = &usage.limits;
+    let free_mib = usage.disk_free_mib.unwrap_or(u64::MAX);
+    pb::Capacity {
+        vcpus: limits.vcpus,
+        memory_mib: limits.memory_mib,
+        disk_free_mib: free_mib.saturating_sub(limits.disk_reserve_mib),
+        sandboxes_max: u32::try_from(limits.sandboxes_max).unwrap_or(u32::MAX),
+        starting_max: u32::try_from(limits.starting_max).unwrap_or(u32::MAX),
+        ..pb::Capacity::default()
+    }
+}
+
+/// Which of the node's limits a create has met, if that is why it failed.
+pub(crate) fn refusal(error: &CreateError) -> Option<Refusal> {
+    match error {
+        CreateError::NoTemplate { .. } => Some(Refusal::NoTemplate),
+        CreateError::Incompatible { .. } => Some(Refusal::Incompatible),
+        CreateError::Closing => Some(Refusal::Draining),
+        CreateError::Refused { limit } => Some(match limit {
+            Refused::Status { .. } => Refusal::Draining,
+            Refused::SandboxesMax { .. } => Refusal::SandboxesMax,
+            Refused::Cpu { .. } => Refusal::Cpu,
+            Refused::Memory { .. } => Refusal::Memory,
+            Refused::Disk { .. } => Refusal::Disk,
+            Refused::StartingSlots { .. } => Refusal::StartingSlots,
+        }),
+        CreateError::Network { source } if source.kind() == Kind::Quota => {
+            Some(Refusal::NetworkSlots)
+        }
+        CreateError::Io { .. } if error.kind() == Kind::Quota => Some(Refusal::Disk),
+        CreateError::Exists { .. }
+        | CreateError::Killed { .. }
+        | CreateError::Network { .. }
+        | CreateError::Io { .. }
+        | CreateError::Machine { .. }
+        | CreateError::Guest { .. } => None,
     }
 }
 

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod convert;
+mod host;
 mod listen;
 mod rpc;
 
@@ -22,6 +23,8 @@ pub use listen::ServeError;
 /// What a node is told about itself.
 #[derive(Debug, Clone)]
 pub struct Config {
+    /// The commit this program was built from; empty when that was not recorded.
+    pub commit: String,
     /// This node's name among nodes.
     pub node_id: String,
     /// The unix socket it serves on; made with mode 0600, replaced if it is left over.

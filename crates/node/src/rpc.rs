@@ -4,12 +4,14 @@
     reason = "answers are owned messages; nobody outside this crate names the service type"
 )]
 
-use belljar_daemon::Scope;
+use belljar_daemon::{Scope, clock};
 use belljar_domain::{Kind, SandboxId, UnixMillis};
+use belljar_sandbox::metrics::MetricsQuery;
 use belljar_sandbox::{CreateError, SandboxNotFound, Sandboxes};
+use belljar_wire::refusal::Refusal;
 use belljar_wire::rpc::belljar::node::v1 as pb;
 use connectrpc::{
-    ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
+    ConnectError, ErrorCode, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
 };
 use futures::{StreamExt as _, stream};
 use tokio_stream::wrappers::BroadcastStream;
@@ -17,19 +19,26 @@ use tracing::error;
 
 use crate::Config;
 use crate::convert::{
-    bad_id, code, create_request, ended, log_entry, log_query, sandbox_info, template_info,
+    bad_id, capacity, code, create_request, ended, ids, load, log_entry, log_query, refusal,
+    samples, sandbox_info, sandbox_page, starting, status, template_info, untold, wanted_status,
 };
+use crate::host::Host;
 
 /// The service behind the node's socket.
 pub(crate) struct Node {
     config: Config,
+    instance_id: String,
+    started_at: UnixMillis,
+    host: Host,
     sandboxes: Sandboxes,
     scope: Scope,
 }
 
 impl Node {
     pub(crate) fn new(config: Config, sandboxes: Sandboxes, scope: Scope) -> Node {
-        Node { config, sandboxes, scope }
+        let host = Host::new(sandboxes.folders());
+        let instance_id = format!("{:032x}", rand::random::<u128>());
+        Node { config, instance_id, started_at: clock::now(), host, sandboxes, scope }
     }
 }
 
@@ -39,7 +48,17 @@ impl pb::NodeService for Node {
         _ctx: RequestContext,
         _request: ServiceRequest<'_, pb::DescribeRequest>,
     ) -> ServiceResult<pb::DescribeResponse> {
+        let usage = self.sandboxes.usage();
+        let (status_now, status_since) = usage.status;
         Response::ok(pb::DescribeResponse {
+            commit: self.config.commit.clone(),
+            service_instance_id: self.instance_id.clone(),
+            machine: self.host.machine().into(),
+            status: status(status_now).into(),
+            status_changed_at_unix_ms: status_since.0,
+            started_at_unix_ms: self.started_at.0,
+            load: load(&usage, self.host.load()).into(),
+            capacity: capacity(&usage).into(),
             node_id: self.config.node_id.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             tier: self.config.tier.as_str().to_owned(),
@@ -47,6 +66,15 @@ impl pb::NodeService for Node {
             reclaimed_sandboxes: self.config.reclaimed_sandboxes,
             ..pb::DescribeResponse::default()
         })
+    }
+
+    async fn set_node_status(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, pb::SetNodeStatusRequest>,
+    ) -> ServiceResult<pb::SetNodeStatusResponse> {
+        self.sandboxes.set_status(wanted_status(request.to_owned_message().status.as_known())?);
+        Response::ok(pb::SetNodeStatusResponse::default())
     }
 
     async fn create_sandbox(
@@ -65,12 +93,42 @@ impl pb::NodeService for Node {
     async fn list_sandboxes(
         &self,
         _ctx: RequestContext,
-        _request: ServiceRequest<'_, pb::ListSandboxesRequest>,
+        request: ServiceRequest<'_, pb::ListSandboxesRequest>,
     ) -> ServiceResult<pb::ListSandboxesResponse> {
+        let after = request.to_owned_message().after_sandbox_id;
+        let after = (!after.is_empty()).then(|| after.parse()).transpose();
+        let after: Option<SandboxId> = after.map_err(|e| bad_id(&e))?;
+        // Starting ones first: one that gets ready meanwhile is then in both, not in neither.
+        let starts = if after.is_none() { self.sandboxes.starting() } else { Vec::new() };
+        let (sandboxes, next) = sandbox_page(&self.sandboxes.list(after.as_ref()));
         Response::ok(pb::ListSandboxesResponse {
-            sandboxes: self.sandboxes.list().iter().map(sandbox_info).collect(),
+            sandboxes,
+            next_after_sandbox_id: next,
+            starting: starts.into_iter().map(starting).collect(),
             ..pb::ListSandboxesResponse::default()
         })
+    }
+
+    async fn list_reclaimed(
+        &self,
+        _ctx: RequestContext,
+        _request: ServiceRequest<'_, pb::ListReclaimedRequest>,
+    ) -> ServiceResult<pb::ListReclaimedResponse> {
+        let ends = self.sandboxes.untold().await.map_err(|e| folder_failed(&e))?;
+        Response::ok(pb::ListReclaimedResponse {
+            sandboxes: ends.into_iter().map(untold).collect(),
+            ..pb::ListReclaimedResponse::default()
+        })
+    }
+
+    async fn forget_reclaimed(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, pb::ForgetReclaimedRequest>,
+    ) -> ServiceResult<pb::ForgetReclaimedResponse> {
+        let executions = ids(&request.to_owned_message().execution_ids)?;
+        self.sandboxes.forget_untold(executions).await.map_err(|e| folder_failed(&e))?;
+        Response::ok(pb::ForgetReclaimedResponse::default())
     }
 
     async fn set_sandbox_end(
@@ -111,6 +169,34 @@ impl pb::NodeService for Node {
         })
     }
 
+    async fn sandbox_metrics(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, pb::SandboxMetricsRequest>,
+    ) -> ServiceResult<pb::SandboxMetricsResponse> {
+        let request = request.to_owned_message();
+        let wanted: Vec<SandboxId> = ids(&request.sandbox_ids)?;
+        let query = MetricsQuery {
+            start: request.start_unix_ms.map(UnixMillis),
+            end: request.end_unix_ms.map(UnixMillis),
+            latest_only: request.latest_only,
+        };
+        if wanted.len() != 1 && !query.latest_only {
+            let message = "`latest_only` must be set when more than one sandbox is asked for";
+            return Err(ConnectError::new(code(Kind::Invalid), message));
+        }
+        let found = if wanted.is_empty() {
+            self.sandboxes.metrics_of_all(query)
+        } else {
+            let metrics = |id: SandboxId| Some((self.sandboxes.metrics(&id, query).ok()?, id));
+            wanted.into_iter().filter_map(metrics).map(|(found, id)| (id, found)).collect()
+        };
+        Response::ok(pb::SandboxMetricsResponse {
+            sandboxes: found.iter().map(|(id, found)| samples(id, found)).collect(),
+            ..pb::SandboxMetricsResponse::default()
+        })
+    }
+
     async fn list_templates(
         &self,
         _ctx: RequestContext,
@@ -141,28 +227,35 @@ impl pb::NodeService for Node {
     }
 }
 
-/// A refused create, in public words. The owner has logged the whole chain where it stopped.
-fn not_created(refusal: &CreateError) -> ConnectError {
-    let kind = refusal.kind();
-    match refusal {
-        CreateError::NoTemplate { .. }
-        | CreateError::Exists { .. }
-        | CreateError::NodeFull { .. }
-        | CreateError::Closing => ConnectError::new(code(kind), format!("failed to {refusal}")),
-        CreateError::Network { .. } if kind == Kind::Quota => {
-            ConnectError::new(code(kind), "this node has no free network slot")
-        }
-        CreateError::Io { .. } if kind == Kind::Quota => {
+/// A create that failed, in public words. The owner has logged the whole chain where it stopped.
+fn not_created(error: &CreateError) -> ConnectError {
+    let refusal = refusal(error);
+    let message = match (error, refusal) {
+        (_, Some(Refusal::NetworkSlots)) => "this node has no free network slot".to_owned(),
+        (CreateError::Io { .. }, Some(Refusal::Disk)) => {
             error!("the disk under the data folder is full: no sandbox can start");
-            ConnectError::new(code(kind), "this node's disk is full")
+            "this node's disk is full".to_owned()
         }
-        CreateError::Network { .. }
-        | CreateError::Io { .. }
-        | CreateError::Machine { .. }
-        | CreateError::Guest { .. } => {
-            ConnectError::new(code(kind), "failed to start the sandbox on this node")
+        (CreateError::Exists { .. } | CreateError::Killed { .. }, _) | (_, Some(_)) => {
+            format!("failed to {error}")
         }
+        (_, None) => "failed to start the sandbox on this node".to_owned(),
+    };
+    let code = match error {
+        CreateError::Killed { .. } => ErrorCode::Aborted,
+        other => code(other.kind()),
+    };
+    let answer = ConnectError::new(code, message);
+    match refusal {
+        Some(refusal) => refusal.mark(answer),
+        None => answer,
     }
+}
+
+/// The folder of ends cannot be used. Nobody else logs it.
+fn folder_failed(error: &std::io::Error) -> ConnectError {
+    error!(%error, "the ends nobody was told of cannot be read or removed");
+    ConnectError::new(code(Kind::Internal), "failed to use the record of ends on this node")
 }
 
 fn missing(error: &SandboxNotFound) -> ConnectError {

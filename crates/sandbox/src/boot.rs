@@ -18,8 +18,9 @@ use belljar_runtime::control::{ControlError, GuestControl};
 use belljar_runtime::{DiskExport, Identity, Machine, MachineSpec, NetworkAttachment, StartError};
 use belljar_wire::guest::Init;
 
+use crate::admission::Refused;
 use crate::info::{CreateSandbox, SandboxInfo};
-use crate::ledger::{Entry, Ledger};
+use crate::ledger::{Entry, Ledger, Run};
 use crate::settings::{Deps, Settings};
 use crate::template::{Template, TemplateMeta};
 
@@ -38,11 +39,23 @@ pub enum CreateError {
         /// The id.
         sandbox_id: SandboxId,
     },
-    /// This node holds as many as it may.
-    #[error("create a sandbox: this node holds its limit of {limit}")]
-    NodeFull {
-        /// The limit.
-        limit: usize,
+    /// The build was saved under another driver, version or tier than this host's.
+    #[error("restore template build {build_id} on this node: it must be built again")]
+    Incompatible {
+        /// The build asked for.
+        build_id: BuildId,
+    },
+    /// This host takes no more.
+    #[error("create a sandbox: {limit}")]
+    Refused {
+        /// Which limit was met.
+        limit: Refused,
+    },
+    /// It was killed before it ran.
+    #[error("create sandbox {sandbox_id}: it was killed meanwhile")]
+    Killed {
+        /// The id.
+        sandbox_id: SandboxId,
     },
     /// The node is stopping.
     #[error("create a sandbox: the node is stopping")]
@@ -84,8 +97,9 @@ impl CreateError {
     pub fn kind(&self) -> Kind {
         match self {
             CreateError::NoTemplate { .. } => Kind::NotFound,
-            CreateError::Exists { .. } => Kind::Conflict,
-            CreateError::NodeFull { .. } => Kind::Quota,
+            CreateError::Exists { .. } | CreateError::Killed { .. } => Kind::Conflict,
+            CreateError::Incompatible { .. } => Kind::NotFound,
+            CreateError::Refused { limit } => limit.kind(),
             CreateError::Closing => Kind::Unavailable,
             CreateError::Network { source } => source.kind(),
             CreateError::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
@@ -111,6 +125,7 @@ pub(crate) struct Booted {
 pub(crate) struct ReadyTemplate {
     pub(crate) template: Template,
     pub(crate) base: Arc<BaseImage>,
+    pub(crate) envd_version: Arc<str>,
 }
 
 /// The files of one sandbox on this host.
@@ -160,14 +175,14 @@ async fn acquire(
 ) -> Result<(Box<dyn Machine>, GuestControl, SandboxInfo), CreateError> {
     let started_at = clock::now();
     let places = Places::of(settings, &request.sandbox_id);
-    enter_ledger(ledger, request, &places, started_at.0, undo)?;
+    let meta = &template.template.meta;
+    enter_ledger(ledger, request, meta, &places, started_at.0, undo)?;
     make_run_dir(&places.run_dir, undo)?;
     let (network, slot_index) = lease_slot(deps, request, undo).await?;
     let route_ip = network.host_ip;
     let identity = settings
         .machine_uid_base
         .map(|base| Identity { uid: base + slot_index, gid: base + slot_index });
-    let meta = &template.template.meta;
     let spec = MachineSpec {
         name: places.machine.clone(),
         vcpus: meta.vcpus,
@@ -203,7 +218,13 @@ async fn acquire(
         vcpus: meta.vcpus,
         memory: meta.memory,
         disk: meta.disk,
-        envd_version,
+        // One text for all sandboxes of a template, as long as guests say what was saved.
+        envd_version: if *envd_version == *template.envd_version {
+            Arc::clone(&template.envd_version)
+        } else {
+            envd_version.into()
+        },
+        terms: Arc::clone(&request.terms),
     };
     Ok((machine, control, info))
 }
@@ -223,17 +244,26 @@ async fn become_sandbox(
 fn enter_ledger(
     ledger: &Ledger,
     request: &CreateSandbox,
+    template: &TemplateMeta,
     places: &Places,
     started_at_unix_ms: i64,
     undo: &mut Teardown,
 ) -> Result<(), CreateError> {
+    let run = Run {
+        template_id: request.template_id.to_string(),
+        build_id: request.build_id.to_string(),
+        end_at_unix_ms: request.end_at.0,
+        vcpus: template.vcpus.0,
+        memory_mib: template.memory.0,
+        disk_mib: template.disk.0,
+        terms: request.terms.to_string(),
+    };
     let entry = Entry::new(
-        request.sandbox_id.as_str(),
-        request.execution_id.as_str(),
+        (request.sandbox_id.as_str(), request.execution_id.as_str()),
         &places.machine,
-        places.run_dir.clone(),
-        places.overlay.clone(),
+        (places.run_dir.clone(), places.overlay.clone()),
         started_at_unix_ms,
+        run,
     );
     ledger
         .write(&entry)

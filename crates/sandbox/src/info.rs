@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 
 use belljar_domain::lifecycle::EndReason;
 use belljar_domain::{BuildId, ExecutionId, MiB, SandboxId, Secret, TemplateId, UnixMillis, Vcpus};
@@ -25,6 +26,9 @@ pub struct CreateSandbox {
     pub env_vars: BTreeMap<String, String>,
     /// Whether it may reach out.
     pub allow_internet_access: bool,
+    /// Whatever the caller wants back with it; not looked at. It is on disk before anything of the
+    /// sandbox exists, and should have at most 1 MiB.
+    pub terms: Arc<str>,
 }
 
 /// A sandbox that runs.
@@ -51,7 +55,18 @@ pub struct SandboxInfo {
     /// Its disk.
     pub disk: MiB,
     /// Its guest daemon's version.
-    pub envd_version: String,
+    pub envd_version: Arc<str>,
+    /// What the caller of the create gave with it.
+    pub terms: Arc<str>,
+}
+
+/// A sandbox whose guest is not ready yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Starting {
+    /// Which.
+    pub sandbox_id: SandboxId,
+    /// Which run of it.
+    pub execution_id: ExecutionId,
 }
 
 /// A sandbox that is gone.
@@ -63,4 +78,56 @@ pub struct Ended {
     pub execution_id: ExecutionId,
     /// Why.
     pub reason: EndReason,
+}
+
+/// A sandbox that ended with a run of this program, when nobody could be told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Untold {
+    /// Which.
+    pub sandbox_id: SandboxId,
+    /// Which run of it.
+    pub execution_id: ExecutionId,
+    /// Its template.
+    pub template_id: TemplateId,
+    /// The build it was started from.
+    pub build_id: BuildId,
+    /// What the caller of the create gave with it.
+    pub terms: String,
+    /// When its start began.
+    pub started_at: UnixMillis,
+    /// The end it was created with.
+    pub end_at: UnixMillis,
+    /// Its processors.
+    pub vcpus: Vcpus,
+    /// Its memory.
+    pub memory: MiB,
+    /// Its disk.
+    pub disk: MiB,
+    /// When its end was noticed.
+    pub noticed_at: UnixMillis,
+    /// How it ended.
+    pub how: UntoldHow,
+}
+
+/// How a sandbox ended when nobody could be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UntoldHow {
+    /// The program was killed; a later run removed what was left.
+    Lost,
+    /// The program was stopped, and ended it first.
+    Shutdown,
+}
+
+impl UntoldHow {
+    /// The word on disk and on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            UntoldHow::Lost => "lost",
+            UntoldHow::Shutdown => "shutdown",
+        }
+    }
+
+    pub(crate) fn parse(word: &str) -> Option<UntoldHow> {
+        [UntoldHow::Lost, UntoldHow::Shutdown].into_iter().find(|how| how.as_str() == word)
+    }
 }

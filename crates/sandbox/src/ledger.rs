@@ -2,15 +2,17 @@
 //!
 //! One JSON file a sandbox, `<ledger>/<sandbox id>.json`, written to a temporary name and renamed.
 //! It is not synced to the device: what it names (processes, namespaces, sockets) does not survive
-//! the machine going down either, and files it names are found by the scan of their folders.
+//! the machine going down either, and files it names are found by the scan of their folders. Only
+//! the server's user may read it: what callers give with a sandbox is in it.
 
-use std::io;
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-/// Format of the entry below.
-const FORMAT: u32 = 1;
+/// Format of the entry below. Format 1, which is still read, was without `run`.
+const FORMAT: u32 = 2;
 
 /// One sandbox's holdings.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,16 +28,32 @@ pub(crate) struct Entry {
     /// The private disk file.
     pub(crate) overlay: PathBuf,
     pub(crate) started_at_unix_ms: i64,
+    /// What it was; absent in format 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) run: Option<Run>,
+}
+
+/// What a sandbox was, for whoever asks after it is gone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Run {
+    pub(crate) template_id: String,
+    pub(crate) build_id: String,
+    pub(crate) end_at_unix_ms: i64,
+    pub(crate) vcpus: u32,
+    pub(crate) memory_mib: u32,
+    pub(crate) disk_mib: u32,
+    /// The caller's, word for word.
+    pub(crate) terms: String,
 }
 
 impl Entry {
     pub(crate) fn new(
-        sandbox_id: &str,
-        execution_id: &str,
+        (sandbox_id, execution_id): (&str, &str),
         machine: &str,
-        run_dir: PathBuf,
-        overlay: PathBuf,
+        (run_dir, overlay): (PathBuf, PathBuf),
         started_at_unix_ms: i64,
+        run: Run,
     ) -> Entry {
         Entry {
             format: FORMAT,
@@ -45,6 +63,7 @@ impl Entry {
             run_dir,
             overlay,
             started_at_unix_ms,
+            run: Some(run),
         }
     }
 }
@@ -69,7 +88,7 @@ impl Ledger {
         let path = self.path(&entry.sandbox_id);
         let temporary = path.with_extension("tmp");
         let text = serde_json::to_vec(entry).map_err(io::Error::other)?;
-        std::fs::write(&temporary, text)?;
+        write_private(&temporary, &text)?;
         std::fs::rename(&temporary, &path)
     }
 
@@ -101,7 +120,19 @@ fn read(path: &Path) -> Option<Entry> {
         return None;
     }
     let entry: Entry = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
-    (entry.format == FORMAT).then_some(entry)
+    let whole = match entry.format {
+        1 => entry.run.is_none(),
+        FORMAT => entry.run.is_some(),
+        _ => false,
+    };
+    whole.then_some(entry)
+}
+
+/// Makes or replaces a file only this user may read.
+pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut options = std::fs::OpenOptions::new();
+    let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    file.write_all(bytes)
 }
 
 #[cfg(test)]
@@ -109,7 +140,16 @@ mod tests {
     use super::*;
 
     fn entry() -> Entry {
-        Entry::new("iabc", "e", "m-iabc", "/run/x".into(), "/data/x".into(), 5)
+        let run = Run {
+            template_id: "t".to_owned(),
+            build_id: "b".to_owned(),
+            end_at_unix_ms: 9,
+            vcpus: 2,
+            memory_mib: 512,
+            disk_mib: 1024,
+            terms: "for \"you\"".to_owned(),
+        };
+        Entry::new(("iabc", "e"), "m-iabc", ("/run/x".into(), "/data/x".into()), 5, run)
     }
 
     #[test]
@@ -132,5 +172,27 @@ mod tests {
         let (entries, unreadable) = ledger.entries().expect("read");
         assert!(entries.is_empty());
         assert_eq!(unreadable.len(), 2);
+    }
+
+    #[test]
+    fn an_entry_of_the_first_format_is_read() {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let ledger = Ledger::open(dir.path().to_owned()).expect("open");
+        let first = r#"{"format":1,"sandbox_id":"iabc","execution_id":"e","machine":"m-iabc",
+            "run_dir":"/run/x","overlay":"/data/x","started_at_unix_ms":5}"#;
+        std::fs::write(dir.path().join("iabc.json"), first).expect("write");
+        let (entries, unreadable) = ledger.entries().expect("read");
+        assert_eq!(entries, [Entry { format: 1, run: None, ..entry() }]);
+        assert!(unreadable.is_empty());
+    }
+
+    #[test]
+    fn nobody_else_may_read_what_callers_give() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let ledger = Ledger::open(dir.path().to_owned()).expect("open");
+        ledger.write(&entry()).expect("write");
+        let mode = dir.path().join("iabc.json").metadata().expect("metadata").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
     }
 }

@@ -5,6 +5,8 @@
 //! was killed leaves ledger entries; [`Sandboxes::open`] reclaims every one of them.
 #![forbid(unsafe_code)]
 
+pub mod admission;
+pub mod metrics;
 pub mod template;
 
 mod boot;
@@ -12,11 +14,15 @@ mod info;
 mod ledger;
 mod log;
 mod owner;
+mod reclaim;
 mod registry;
 mod settings;
+mod table;
+mod untold;
 
 pub use boot::CreateError;
-pub use info::{CreateSandbox, Ended, SandboxInfo};
+pub use info::{CreateSandbox, Ended, SandboxInfo, Starting, Untold, UntoldHow};
 pub use log::{Direction, LogEntry, LogQuery};
-pub use registry::{OpenError, Reclaimed, SandboxNotFound, Sandboxes};
-pub use settings::{Deps, Settings};
+pub use reclaim::Reclaimed;
+pub use registry::{OpenError, SandboxNotFound, Sandboxes, Usage};
+pub use settings::{Deps, MetricsFrom, Settings};

@@ -5,17 +5,18 @@
 
 use std::time::Duration;
 
-use belljar_daemon::{Scope, clock};
+use belljar_daemon::{Scope, Teardown, clock};
 use belljar_domain::lifecycle::{Effect, EndReason, Event, State, next};
 use belljar_domain::{SandboxId, UnixMillis};
-use belljar_runtime::ExitCause;
 use belljar_runtime::control::GuestControl;
+use belljar_runtime::{ExitCause, Machine};
 use belljar_wire::guest::FromGuest;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::boot::Booted;
 use crate::log::SandboxLog;
+use crate::untold::UntoldEnds;
 
 /// What callers ask of a running sandbox.
 pub(crate) enum Command {
@@ -23,6 +24,30 @@ pub(crate) enum Command {
     SetEnd(UnixMillis, oneshot::Sender<()>),
     /// End it. The answer is the end of the owner itself.
     Kill,
+}
+
+/// Whether a sandbox that is asked for something before it runs still starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Starts {
+    /// It does.
+    Still,
+    /// It was killed.
+    Not,
+}
+
+impl Command {
+    /// Does what can be done to a sandbox that starts, whose end is `end_at` so far.
+    pub(crate) fn while_starting(self, end_at: &mut UnixMillis) -> Starts {
+        match self {
+            Command::SetEnd(to, done) => {
+                *end_at = to;
+                // The caller may have left; the move stands all the same.
+                let _caller_gone = done.send(()).is_err();
+                Starts::Still
+            }
+            Command::Kill => Starts::Not,
+        }
+    }
 }
 
 /// The longest the expiry timer sleeps at once, so that a wall clock that jumps is noticed.
@@ -35,9 +60,10 @@ pub(crate) async fn own(
     mut commands: mpsc::Receiver<Command>,
     end_at: watch::Sender<UnixMillis>,
     log: &SandboxLog,
+    untold: &UntoldEnds,
     scope: &Scope,
 ) -> EndReason {
-    let Booted { mut machine, mut control, mut undo, info } = booted;
+    let Booted { mut machine, mut control, undo, info } = booted;
     let starting = State::Starting { end_at: info.end_at };
     let (mut state, _arm) =
         next(starting, Event::Started).expect("a starting sandbox may start: lifecycle table");
@@ -80,13 +106,28 @@ pub(crate) async fn own(
     // Callers queue no more; those who wait see their answers dropped.
     commands.close();
     drop(control);
+    if reason == EndReason::Shutdown
+        && let Err(e) = untold.note_shutdown(&info, clock::now())
+    {
+        warn!(%sandbox_id, error = %e, "the end is not noted: who asks later will not find it");
+    }
+    give_back(sandbox_id, machine, undo, reason).await;
+    reason
+}
+
+/// Kills the machine and runs the undo stack. Not cancel-safe: run it shielded.
+pub(crate) async fn give_back(
+    sandbox_id: &SandboxId,
+    mut machine: Box<dyn Machine>,
+    mut undo: Teardown,
+    reason: EndReason,
+) {
     if let Err(e) = machine.kill().await {
         undo.note_leak("machine", e.to_string());
     }
     drop(machine);
     let leaks = undo.run().await;
     info!(%sandbox_id, reason = reason.as_str(), leaks = leaks.len(), "sandbox ended");
-    reason
 }
 
 fn log_exit(sandbox_id: &SandboxId, cause: &ExitCause) {

@@ -3,34 +3,34 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use belljar_blockstore::BaseImage;
-use belljar_daemon::{OnError, Scope};
-use belljar_domain::{BuildId, SandboxId, UnixMillis};
-use tokio::sync::{Semaphore, broadcast, mpsc, oneshot, watch};
+use belljar_daemon::{OnError, Scope, clock};
+use belljar_domain::lifecycle::EndReason;
+use belljar_domain::{BuildId, ExecutionId, SandboxId, UnixMillis};
+use tokio::sync::{Semaphore, SemaphorePermit, broadcast, mpsc, oneshot, watch};
 use tracing::{info, warn};
 
+use crate::admission::{Allocated, Limits, Refused, Status};
 use crate::boot::{Booted, CreateError, ReadyTemplate, boot};
-use crate::info::{CreateSandbox, Ended, SandboxInfo};
+use crate::info::{CreateSandbox, Ended, SandboxInfo, Starting, Untold};
 use crate::ledger::Ledger;
 use crate::log::{LogEntry, LogQuery, SandboxLog};
-use crate::owner::{Command, own};
-use crate::settings::{Deps, Settings};
+use crate::metrics::{Figures, MetricsQuery, Sample, Samples, made};
+use crate::owner::{Command, Starts, give_back, own};
+use crate::reclaim::{Reclaimed, reclaim};
+use crate::settings::{Deps, MetricsFrom, Settings};
+use crate::table::{Entry, Running, Table};
 use crate::template::{Template, TemplateError, load_all};
+use crate::untold::UntoldEnds;
 
 /// Commands that may wait for one owner.
 const COMMANDS_MAX: usize = 16;
 /// End notices a slow listener may fall behind by, before it must list again.
 const ENDED_MAX: usize = 4096;
-
-/// What an earlier server left and this one removed.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Reclaimed {
-    /// Sandboxes that were in the ledger.
-    pub sandboxes: Vec<String>,
-}
 
 /// Why the sandboxes of this host cannot be managed.
 #[derive(Debug, thiserror::Error)]
@@ -88,28 +88,37 @@ struct Inner {
     deps: Deps,
     settings: Settings,
     ledger: Ledger,
+    untold: UntoldEnds,
     scope: Scope,
     starting: Semaphore,
     templates: HashMap<BuildId, ReadyTemplate>,
     unusable: Vec<Template>,
     ended: broadcast::Sender<Ended>,
-    // Held for look-ups and single inserts only, never across a wait.
-    entries: Mutex<HashMap<SandboxId, Entry>>,
+    // Held for look-ups and single changes only, never across a wait.
+    table: Mutex<Table>,
+    created: AtomicU64,
+    failed: AtomicU64,
 }
 
-/// A sandbox's place in the table, from the moment its id is taken until nothing of it is left.
-struct Entry {
-    commands: mpsc::Sender<Command>,
-    /// Set once it runs.
-    running: Option<Running>,
-    /// Turns true when nothing of it is left.
-    gone: watch::Receiver<bool>,
-}
-
-struct Running {
-    info: SandboxInfo,
-    end_at: watch::Receiver<UnixMillis>,
-    log: SandboxLog,
+/// What sandboxes make of this host now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Usage {
+    /// Sandboxes whose guest is ready, and those on their way out.
+    pub running: usize,
+    /// Sandboxes whose guest is not ready yet.
+    pub starting: usize,
+    /// What all of them hold, as their templates say.
+    pub allocated: Allocated,
+    /// What they may hold.
+    pub limits: Limits,
+    /// Room left where private disks are, MiB; `None` where that cannot be known.
+    pub disk_free_mib: Option<u64>,
+    /// Whether new ones are taken, and since when that is so.
+    pub status: (Status, UnixMillis),
+    /// Starts that went well since this program started.
+    pub created: u64,
+    /// Starts that were begun and failed; refusals are none.
+    pub failed: u64,
 }
 
 impl Sandboxes {
@@ -129,18 +138,23 @@ impl Sandboxes {
         }
         let ledger = Ledger::open(settings.ledger_dir.clone())
             .map_err(|source| OpenError::Dir { path: settings.ledger_dir.clone(), source })?;
-        let reclaimed = reclaim(&ledger, &settings, &deps).await?;
+        let untold = UntoldEnds::open(settings.untold_dir.clone())
+            .map_err(|source| OpenError::Dir { path: settings.untold_dir.clone(), source })?;
+        let reclaimed = reclaim(&ledger, &untold, &settings, &deps).await?;
         let fingerprint = deps.runtime.fingerprint();
         let (templates, unusable) = load_templates(&settings.templates_dir, &fingerprint)?;
         let inner = Inner {
-            starting: Semaphore::new(settings.starting_max),
+            starting: Semaphore::new(settings.limits.starting_max),
             deps,
             ledger,
+            untold,
             scope,
             templates,
             unusable,
             ended: broadcast::channel(ENDED_MAX).0,
-            entries: Mutex::new(HashMap::new()),
+            table: Mutex::new(Table::new(clock::now())),
+            created: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
             settings,
         };
         Ok((Sandboxes { inner: Arc::new(inner) }, reclaimed))
@@ -163,19 +177,23 @@ impl Sandboxes {
     /// # Errors
     /// [`CreateError`]; nothing of the sandbox is left then.
     pub async fn create(&self, request: CreateSandbox) -> Result<SandboxInfo, CreateError> {
-        let template = self
-            .inner
-            .templates
-            .get(&request.build_id)
-            .cloned()
-            .ok_or_else(|| CreateError::NoTemplate { build_id: request.build_id.clone() })?;
+        let template = self.inner.template(&request.build_id)?;
         if self.inner.scope.is_cancelled() {
             return Err(CreateError::Closing);
         }
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let (gone, gone_seen) = watch::channel(false);
-        self.inner
-            .take_id(&request.sandbox_id, Entry { commands, running: None, gone: gone_seen })?;
+        let meta = &template.template.meta;
+        let entry = Entry {
+            execution_id: request.execution_id.clone(),
+            commands,
+            share: Allocated::one(meta.vcpus, meta.memory, meta.disk),
+            running: None,
+            gone: gone_seen,
+        };
+        let disk_free_mib = self.inner.disk_free_mib();
+        let limits = &self.inner.settings.limits;
+        self.inner.table().enter(&request.sandbox_id, entry, limits, disk_free_mib)?;
         let (answer, answered) = oneshot::channel();
         let inner = self.inner.clone();
         self.inner.scope.spawn_shielded("sandbox owner", OnError::Log, async move {
@@ -186,35 +204,104 @@ impl Sandboxes {
         answered.await.unwrap_or(Err(CreateError::Closing))
     }
 
-    /// Every sandbox that runs, in no order.
-    pub fn list(&self) -> Vec<SandboxInfo> {
-        self.inner.entries().values().filter_map(|e| e.running.as_ref().map(Running::now)).collect()
+    /// Sandboxes that run and whose ids come after `after`, in the order of their ids.
+    pub fn list(&self, after: Option<&SandboxId>) -> Vec<SandboxInfo> {
+        let mut infos: Vec<SandboxInfo> = self
+            .inner
+            .table()
+            .iter()
+            .filter(|(id, _)| after.is_none_or(|after| id.as_str() > after.as_str()))
+            .filter_map(|(_, entry)| entry.running.as_ref().map(Running::now))
+            .collect();
+        infos.sort_by(|a, b| a.sandbox_id.as_str().cmp(b.sandbox_id.as_str()));
+        infos
     }
 
-    /// Moves a sandbox's end.
+    /// Sandboxes whose guest is not ready yet, in no order.
+    pub fn starting(&self) -> Vec<Starting> {
+        let table = self.inner.table();
+        let starting = table.iter().filter(|(_, entry)| entry.running.is_none());
+        starting
+            .map(|(id, entry)| Starting {
+                sandbox_id: id.clone(),
+                execution_id: entry.execution_id.clone(),
+            })
+            .collect()
+    }
+
+    /// What sandboxes make of this host now.
+    pub fn usage(&self) -> Usage {
+        let disk_free_mib = self.inner.disk_free_mib();
+        let table = self.inner.table();
+        let (running, starting) = table.counts();
+        Usage {
+            running,
+            starting,
+            allocated: table.allocated(),
+            limits: self.inner.settings.limits.clone(),
+            disk_free_mib,
+            status: table.status(),
+            created: self.inner.created.load(Ordering::Relaxed),
+            failed: self.inner.failed.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Folders whose file systems sandboxes fill.
+    pub fn folders(&self) -> Vec<PathBuf> {
+        let settings = &self.inner.settings;
+        vec![settings.overlay_dir.clone(), settings.templates_dir.clone(), settings.run_dir.clone()]
+    }
+
+    /// Says whether new sandboxes are taken from now on. Those that start or run live on.
+    pub fn set_status(&self, status: Status) {
+        self.inner.table().set_status(status, clock::now());
+        info!(status = status.as_str(), "this node's status was set");
+    }
+
+    /// Ends that nobody could be told of, in no order, as many as fit one answer: ask again when
+    /// these are forgotten.
     ///
     /// # Errors
-    /// [`SandboxNotFound`] when it does not run here, or is on its way out.
+    /// An I/O error of their folder.
+    pub async fn untold(&self) -> io::Result<Vec<Untold>> {
+        let untold = self.inner.untold.clone();
+        tokio::task::spawn_blocking(move || untold.list()).await.map_err(io::Error::other)?
+    }
+
+    /// Lets go of ends, because somebody has recorded them. Unknown ones are passed over.
+    ///
+    /// # Errors
+    /// An I/O error of their folder; some may be gone then.
+    pub async fn forget_untold(&self, executions: Vec<ExecutionId>) -> io::Result<()> {
+        let untold = self.inner.untold.clone();
+        let forget = move || executions.iter().try_for_each(|id| untold.forget(id));
+        tokio::task::spawn_blocking(forget).await.map_err(io::Error::other)?
+    }
+
+    /// Moves a sandbox's end. One that starts is told when it runs.
+    ///
+    /// # Errors
+    /// [`SandboxNotFound`] when it is not here, or is on its way out.
     pub async fn set_end(
         &self,
         sandbox_id: &SandboxId,
         end_at: UnixMillis,
     ) -> Result<(), SandboxNotFound> {
         let missing = || SandboxNotFound { sandbox_id: sandbox_id.clone() };
-        let commands = self.inner.commands_of(sandbox_id).ok_or_else(missing)?;
+        let (commands, _) = self.inner.commands_of(sandbox_id).ok_or_else(missing)?;
         let (done, heard) = oneshot::channel();
         commands.send(Command::SetEnd(end_at, done)).await.map_err(|_| missing())?;
         heard.await.map_err(|_| missing())
     }
 
-    /// Kills a sandbox; answers once nothing of it is left.
+    /// Kills a sandbox; answers once nothing of it is left. One that waits for its turn to start, or
+    /// starts, ends as soon as it can, and its create fails.
     ///
     /// # Errors
     /// [`SandboxNotFound`] when it does not run here, or is already on its way out.
     pub async fn kill(&self, sandbox_id: &SandboxId) -> Result<(), SandboxNotFound> {
         let missing = || SandboxNotFound { sandbox_id: sandbox_id.clone() };
-        let commands = self.inner.commands_of(sandbox_id).ok_or_else(missing)?;
-        let mut gone = self.inner.gone_of(sandbox_id).ok_or_else(missing)?;
+        let (commands, mut gone) = self.inner.commands_of(sandbox_id).ok_or_else(missing)?;
         commands.send(Command::Kill).await.map_err(|_| missing())?;
         // The sender lives in the owner's task, which sets it last; an error means it is over too.
         let _owner_over = gone.wait_for(|gone| *gone).await.is_err();
@@ -232,12 +319,36 @@ impl Sandboxes {
     ) -> Result<Vec<LogEntry>, SandboxNotFound> {
         let log = self
             .inner
-            .entries()
+            .table()
             .get(sandbox_id)
             .and_then(|entry| entry.running.as_ref())
             .map(|running| running.log.clone());
         let log = log.ok_or_else(|| SandboxNotFound { sandbox_id: sandbox_id.clone() })?;
         Ok(log.read(query))
+    }
+
+    /// What a sandbox used, oldest first: one sample every 5 seconds for the last hour, and one a minute
+    /// for the 23 before it. They go with the sandbox.
+    ///
+    /// # Errors
+    /// [`SandboxNotFound`] when it does not run here.
+    pub fn metrics(
+        &self,
+        sandbox_id: &SandboxId,
+        query: MetricsQuery,
+    ) -> Result<Vec<Sample>, SandboxNotFound> {
+        let missing = || SandboxNotFound { sandbox_id: sandbox_id.clone() };
+        let table = self.inner.table();
+        let running = table.get(sandbox_id).and_then(|entry| entry.running.as_ref());
+        Ok(self.inner.samples(running.ok_or_else(missing)?, query))
+    }
+
+    /// The newest sample of every sandbox that has one, in no order.
+    pub fn metrics_of_all(&self, query: MetricsQuery) -> Vec<(SandboxId, Vec<Sample>)> {
+        let query = MetricsQuery { latest_only: true, ..query };
+        let table = self.inner.table();
+        let running = table.iter().filter_map(|(id, entry)| Some((id, entry.running.as_ref()?)));
+        running.map(|(id, running)| (id.clone(), self.inner.samples(running, query))).collect()
     }
 
     /// Every end from now on. A receiver that lags must list again.
@@ -251,86 +362,159 @@ impl Sandboxes {
     }
 }
 
-impl Running {
-    fn now(&self) -> SandboxInfo {
-        SandboxInfo { end_at: *self.end_at.borrow(), ..self.info.clone() }
-    }
-}
-
 impl Inner {
-    fn entries(&self) -> MutexGuard<'_, HashMap<SandboxId, Entry>> {
+    fn table(&self) -> MutexGuard<'_, Table> {
         // A panic while it was held left at most one entry unmade: the map itself is whole.
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take_id(&self, sandbox_id: &SandboxId, entry: Entry) -> Result<(), CreateError> {
-        let mut entries = self.entries();
-        if entries.contains_key(sandbox_id) {
-            return Err(CreateError::Exists { sandbox_id: sandbox_id.clone() });
+    fn template(&self, build_id: &BuildId) -> Result<ReadyTemplate, CreateError> {
+        if let Some(template) = self.templates.get(build_id) {
+            return Ok(template.clone());
         }
-        if entries.len() >= self.settings.sandboxes_max {
-            return Err(CreateError::NodeFull { limit: self.settings.sandboxes_max });
+        let build_id = build_id.clone();
+        if self.unusable.iter().any(|template| template.meta.build_id == build_id) {
+            return Err(CreateError::Incompatible { build_id });
         }
-        entries.insert(sandbox_id.clone(), entry);
-        Ok(())
+        Err(CreateError::NoTemplate { build_id })
     }
 
-    fn commands_of(&self, sandbox_id: &SandboxId) -> Option<mpsc::Sender<Command>> {
-        let entries = self.entries();
-        let entry = entries.get(sandbox_id)?;
-        entry.running.as_ref().map(|_| entry.commands.clone())
+    /// Room left where private disks are. One system call.
+    fn disk_free_mib(&self) -> Option<u64> {
+        let stat = rustix::fs::statvfs(&self.settings.overlay_dir).ok()?;
+        Some(stat.f_bavail.saturating_mul(stat.f_frsize) >> 20)
     }
 
-    fn gone_of(&self, sandbox_id: &SandboxId) -> Option<watch::Receiver<bool>> {
-        self.entries().get(sandbox_id).map(|entry| entry.gone.clone())
+    fn samples(&self, running: &Running, query: MetricsQuery) -> Vec<Sample> {
+        match self.settings.metrics {
+            MetricsFrom::Guests => running.samples.read(query),
+            MetricsFrom::Made(figures) => {
+                let info = &running.info;
+                let figures = Figures {
+                    cpu_count: info.vcpus.0,
+                    mem_total_bytes: info.memory.bytes(),
+                    disk_total_bytes: info.disk.bytes(),
+                    ..figures
+                };
+                made(figures, info.started_at, clock::now(), query)
+            }
+        }
+    }
+
+    fn commands_of(
+        &self,
+        sandbox_id: &SandboxId,
+    ) -> Option<(mpsc::Sender<Command>, watch::Receiver<bool>)> {
+        let table = self.table();
+        let entry = table.get(sandbox_id)?;
+        Some((entry.commands.clone(), entry.gone.clone()))
     }
 
     /// The whole life of one sandbox. Runs shielded.
     async fn live(
         &self,
-        request: CreateSandbox,
+        mut request: CreateSandbox,
         template: ReadyTemplate,
-        inbox: mpsc::Receiver<Command>,
+        mut inbox: mpsc::Receiver<Command>,
         answer: oneshot::Sender<Result<SandboxInfo, CreateError>>,
     ) {
-        let booted = self.start(&template, &request).await;
-        let reason = match booted {
+        let started = self.start(&template, &mut request, &mut inbox).await;
+        let booted = match started {
             Err(e) => {
-                warn!(sandbox_id = %request.sandbox_id, error = %chain(&e), "sandbox did not start");
-                self.entries().remove(&request.sandbox_id);
-                let _caller_gone = answer.send(Err(e)).is_err();
+                self.not_started(&request, e, answer);
                 return;
             }
-            Ok(booted) => {
-                let info = booted.info.clone();
-                let (end_at, end_seen) = watch::channel(info.end_at);
-                let log = SandboxLog::default();
-                if let Some(entry) = self.entries().get_mut(&request.sandbox_id) {
-                    let (info, log) = (info.clone(), log.clone());
-                    entry.running = Some(Running { info, end_at: end_seen, log });
-                }
-                info!(sandbox_id = %request.sandbox_id, build_id = %request.build_id, "sandbox runs");
-                let _caller_gone = answer.send(Ok(info)).is_err();
-                own(&request.sandbox_id, booted, inbox, end_at, &log, &self.scope).await
-            }
+            Ok(booted) => booted,
         };
-        self.entries().remove(&request.sandbox_id);
-        let ended =
-            Ended { sandbox_id: request.sandbox_id, execution_id: request.execution_id, reason };
+        let info = booted.info.clone();
+        let (end_at, end_seen) = watch::channel(info.end_at);
+        let log = SandboxLog::default();
+        let samples = Samples::default();
+        let running = Running { info: info.clone(), end_at: end_seen, log: log.clone(), samples };
+        self.table().runs(&request.sandbox_id, running);
+        self.created.fetch_add(1, Ordering::Relaxed);
+        info!(sandbox_id = %request.sandbox_id, build_id = %request.build_id, "sandbox runs");
+        let _caller_gone = answer.send(Ok(info)).is_err();
+        let CreateSandbox { sandbox_id, execution_id, .. } = request;
+        let reason = own(&sandbox_id, booted, inbox, end_at, &log, &self.untold, &self.scope).await;
+        self.table().leave(&sandbox_id);
         // Nobody may be listening, which is fine.
-        let _unheard = self.ended.send(ended).is_err();
+        let _unheard = self.ended.send(Ended { sandbox_id, execution_id, reason }).is_err();
     }
 
+    fn not_started(
+        &self,
+        request: &CreateSandbox,
+        error: CreateError,
+        answer: oneshot::Sender<Result<SandboxInfo, CreateError>>,
+    ) {
+        match &error {
+            CreateError::Refused { .. } | CreateError::Killed { .. } | CreateError::Closing => {
+                info!(sandbox_id = %request.sandbox_id, reason = %error, "sandbox does not start");
+            }
+            error => {
+                self.failed.fetch_add(1, Ordering::Relaxed);
+                let error = chain(error);
+                warn!(sandbox_id = %request.sandbox_id, error, "sandbox did not start");
+            }
+        }
+        self.table().leave(&request.sandbox_id);
+        let _caller_gone = answer.send(Err(error)).is_err();
+    }
+
+    /// Waits for a turn, boots, and does what was asked of the sandbox meanwhile.
     async fn start(
         &self,
         template: &ReadyTemplate,
-        request: &CreateSandbox,
+        request: &mut CreateSandbox,
+        inbox: &mut mpsc::Receiver<Command>,
     ) -> Result<Booted, CreateError> {
-        let _turn = tokio::select! {
-            turn = self.starting.acquire() => turn.map_err(|_| CreateError::Closing)?,
-            () = self.scope.cancelled() => return Err(CreateError::Closing),
-        };
-        boot(&self.deps, &self.settings, &self.ledger, &self.scope, template, request).await
+        let killed = || CreateError::Killed { sandbox_id: request.sandbox_id.clone() };
+        let turn = self.turn(&mut request.end_at, inbox).await?.ok_or_else(killed)?;
+        let mut booted =
+            boot(&self.deps, &self.settings, &self.ledger, &self.scope, template, request).await?;
+        drop(turn);
+        let mut end_at = booted.info.end_at;
+        let asked_to_end = std::iter::from_fn(|| inbox.try_recv().ok())
+            .any(|command| command.while_starting(&mut end_at) == Starts::Not);
+        booted.info.end_at = end_at;
+        if !asked_to_end {
+            return Ok(booted);
+        }
+        let Booted { machine, control, undo, .. } = booted;
+        drop(control);
+        give_back(&request.sandbox_id, machine, undo, EndReason::Killed).await;
+        Err(CreateError::Killed { sandbox_id: request.sandbox_id.clone() })
+    }
+
+    /// Waits until this sandbox may start; `None` when it was killed first.
+    async fn turn(
+        &self,
+        end_at: &mut UnixMillis,
+        inbox: &mut mpsc::Receiver<Command>,
+    ) -> Result<Option<SemaphorePermit<'_>>, CreateError> {
+        let limits = &self.settings.limits;
+        let deadline = tokio::time::sleep(limits.starting_wait_max);
+        let turn = self.starting.acquire();
+        tokio::pin!(deadline, turn);
+        loop {
+            tokio::select! {
+                biased;
+                turn = &mut turn => return turn.map(Some).map_err(|_| CreateError::Closing),
+                () = self.scope.cancelled() => return Err(CreateError::Closing),
+                Some(command) = inbox.recv() => {
+                    if command.while_starting(end_at) == Starts::Not {
+                        return Ok(None);
+                    }
+                }
+                () = &mut deadline => {
+                    let waited_ms = limits.starting_wait_max.as_millis();
+                    let waited_ms = u64::try_from(waited_ms).unwrap_or(u64::MAX);
+                    let limit = Refused::StartingSlots { limit: limits.starting_max, waited_ms };
+                    return Err(CreateError::Refused { limit });
+                }
+            }
+        }
     }
 }
 
@@ -351,57 +535,11 @@ fn load_templates(
             build_id: template.meta.build_id.clone(),
             source,
         })?;
-        let build_id = template.meta.build_id.clone();
-        ready.insert(build_id, ReadyTemplate { template, base: Arc::new(base) });
+        let (build_id, envd_version) = (&template.meta.build_id, &template.meta.envd_version);
+        let (build_id, envd_version) = (build_id.clone(), Arc::from(envd_version.as_str()));
+        ready.insert(build_id, ReadyTemplate { template, base: Arc::new(base), envd_version });
     }
     Ok((ready, unusable))
-}
-
-/// Removes whatever the ledger names, then whatever lies in the folders without an entry.
-async fn reclaim(
-    ledger: &Ledger,
-    settings: &Settings,
-    deps: &Deps,
-) -> Result<Reclaimed, OpenError> {
-    let dir_error = |path: &Path| {
-        let path = path.to_owned();
-        move |source| OpenError::Dir { path, source }
-    };
-    let (entries, unreadable) = ledger.entries().map_err(dir_error(&settings.ledger_dir))?;
-    let mut reclaimed = Reclaimed::default();
-    for entry in entries {
-        let failed =
-            |reason: String| OpenError::Reclaim { sandbox_id: entry.sandbox_id.clone(), reason };
-        deps.runtime.reclaim(&entry.machine).await.map_err(|e| failed(e.to_string()))?;
-        remove_if_there(&entry.run_dir).map_err(|e| failed(e.to_string()))?;
-        remove_if_there(&entry.overlay).map_err(|e| failed(e.to_string()))?;
-        ledger.remove(&entry.sandbox_id).map_err(|e| failed(e.to_string()))?;
-        info!(sandbox_id = entry.sandbox_id, "reclaimed a sandbox of an earlier run");
-        reclaimed.sandboxes.push(entry.sandbox_id);
-    }
-    for path in unreadable {
-        remove_if_there(&path).map_err(dir_error(&path))?;
-    }
-    // The server holds its data folder alone, so anything still here belongs to no one.
-    for dir in [&settings.run_dir, &settings.overlay_dir] {
-        for file in std::fs::read_dir(dir).map_err(dir_error(dir))? {
-            let path = file.map_err(dir_error(dir))?.path();
-            remove_if_there(&path).map_err(dir_error(&path))?;
-        }
-    }
-    Ok(reclaimed)
-}
-
-fn remove_if_there(path: &Path) -> io::Result<()> {
-    let removed = match std::fs::symlink_metadata(path) {
-        Ok(meta) if meta.is_dir() => std::fs::remove_dir_all(path),
-        Ok(_) => std::fs::remove_file(path),
-        Err(e) => Err(e),
-    };
-    match removed {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
-    }
 }
 
 /// The whole chain of an error on one line, for the log.

@@ -7,6 +7,9 @@ use std::time::Duration;
 use belljar_network::Slots;
 use belljar_runtime::Runtime;
 
+use crate::admission::Limits;
+use crate::metrics::Figures;
+
 /// Where and how sandboxes live on this host.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -14,6 +17,8 @@ pub struct Settings {
     pub host_tag: String,
     /// Ledger entries.
     pub ledger_dir: PathBuf,
+    /// Ends that nobody could be told of yet.
+    pub untold_dir: PathBuf,
     /// Sockets and logs; every part of the path must be passable by the machines' users.
     pub run_dir: PathBuf,
     /// Private disk files.
@@ -22,14 +27,24 @@ pub struct Settings {
     pub templates_dir: PathBuf,
     /// First user id for machine processes, one a network slot; `None` keeps the daemon's user.
     pub machine_uid_base: Option<u32>,
-    /// Most sandboxes held at once.
-    pub sandboxes_max: usize,
-    /// Most sandboxes that start at once; more wait their turn.
-    pub starting_max: usize,
+    /// What sandboxes may take together.
+    pub limits: Limits,
+    /// Where figures on what sandboxes use come from.
+    pub metrics: MetricsFrom,
     /// How long a restored guest may take to say it is ready.
     pub ready_deadline: Duration,
     /// How long one teardown step may take.
     pub teardown_step_deadline: Duration,
+}
+
+/// Where figures on what sandboxes use come from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum MetricsFrom {
+    /// Each guest's daemon, over HTTP.
+    Guests,
+    /// Here, the same for every sandbox and at any time: for runtimes without guests. Processors,
+    /// memory and disk are those of the sandbox's template.
+    Made(Figures),
 }
 
 /// What sandboxes are made with.

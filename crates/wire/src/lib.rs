@@ -2,6 +2,7 @@
 //!
 //! - [`rest`]: the public REST API's JSON shapes (feature `rest`).
 //! - [`rpc`]: generated Connect services of the guest daemon and the node (feature `rpc`).
+//! - [`refusal`]: why a node starts no sandbox, in a form both sides read (feature `rpc`).
 //! - [`guest`]: control messages between host and guest over virtio-serial (feature `guest`).
 //!
 //! Only this crate names wire fields. Services convert to `domain` types at their edge.
@@ -11,6 +12,8 @@
 pub mod guest;
 #[cfg(any(feature = "guest", feature = "rest"))]
 mod log_level;
+#[cfg(feature = "rpc")]
+pub mod refusal;
 #[cfg(feature = "rest")]
 pub mod rest;
 

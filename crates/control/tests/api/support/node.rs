@@ -8,11 +8,13 @@ use std::sync::{Arc, Mutex};
 use belljar_daemon::{OnError, Scope, clock};
 use belljar_wire::rpc::belljar::node::v1::{
     CreateSandboxRequest, CreateSandboxResponse, DescribeRequest, DescribeResponse,
-    KillSandboxRequest, KillSandboxResponse, ListSandboxesRequest, ListSandboxesResponse,
-    ListTemplatesRequest, ListTemplatesResponse, LogEntry, NodeService, NodeServiceExt as _,
-    SandboxInfo, SandboxLogsRequest, SandboxLogsResponse, SetSandboxEndRequest,
-    SetSandboxEndResponse, TemplateInfo, WatchSandboxesRequest, WatchSandboxesResponse,
-    watch_sandboxes_response,
+    ForgetReclaimedRequest, ForgetReclaimedResponse, KillSandboxRequest, KillSandboxResponse,
+    ListReclaimedRequest, ListReclaimedResponse, ListSandboxesRequest, ListSandboxesResponse,
+    ListTemplatesRequest, ListTemplatesResponse, LogEntry, MetricsSample, NodeService,
+    NodeServiceExt as _, NodeStatus, ReclaimedSandbox, SandboxInfo, SandboxLogsRequest,
+    SandboxLogsResponse, SandboxMetricsRequest, SandboxMetricsResponse, SandboxSamples,
+    SetNodeStatusRequest, SetNodeStatusResponse, SetSandboxEndRequest, SetSandboxEndResponse,
+    TemplateInfo, WatchSandboxesRequest, WatchSandboxesResponse, watch_sandboxes_response,
 };
 use connectrpc::{
     ConnectError, ConnectRpcService, RequestContext, Response, Router, ServiceRequest,
@@ -28,6 +30,8 @@ use tokio::sync::{broadcast, watch};
 use super::PATIENCE;
 
 pub(crate) const TEMPLATE_ID: &str = "basebasebasebasebase";
+/// Sandboxes of one answer.
+const PAGE: usize = 3;
 pub(crate) const BUILD_ID: &str = "6f2b8a52-9d0f-4a43-a0bb-5d2f6b7f8c11";
 
 pub(crate) struct FakeNode {
@@ -52,6 +56,14 @@ pub(crate) struct State {
     pub(crate) log: Mutex<Vec<LogEntry>>,
     /// Every question for it.
     pub(crate) log_requests: Mutex<Vec<SandboxLogsRequest>>,
+    /// Ends of an earlier run that nobody has recorded yet.
+    pub(crate) reclaimed: Mutex<Vec<ReclaimedSandbox>>,
+    /// What each sandbox used.
+    pub(crate) samples: Mutex<HashMap<String, Vec<MetricsSample>>>,
+    /// What the node was told to be.
+    pub(crate) status: Mutex<NodeStatus>,
+    /// What it says of itself but for its status and its sandboxes.
+    pub(crate) description: Mutex<DescribeResponse>,
     ended: broadcast::Sender<watch_sandboxes_response::Ended>,
 }
 
@@ -66,6 +78,14 @@ impl FakeNode {
             more_templates: Mutex::default(),
             log: Mutex::default(),
             log_requests: Mutex::default(),
+            reclaimed: Mutex::default(),
+            samples: Mutex::default(),
+            status: Mutex::new(NodeStatus::NODE_STATUS_READY),
+            description: Mutex::new(DescribeResponse {
+                node_id: "fake".to_owned(),
+                tier: "fake".to_owned(),
+                ..Default::default()
+            }),
             ended: broadcast::channel(64).0,
         });
         FakeNode::serve(socket, state).await
@@ -190,7 +210,23 @@ impl NodeService for Service {
         _ctx: RequestContext,
         _request: ServiceRequest<'_, DescribeRequest>,
     ) -> ServiceResult<DescribeResponse> {
-        Response::ok(DescribeResponse { tier: "fake".to_owned(), ..Default::default() })
+        let mut answer = self.0.description.lock().expect("no panic holds it").clone();
+        answer.status = (*self.0.status.lock().expect("no panic holds it")).into();
+        let count = self.0.sandboxes.lock().expect("no panic holds it").len();
+        let load = answer.load.get_or_insert_default();
+        load.sandbox_count = u32::try_from(count).expect("a test's few sandboxes");
+        Response::ok(answer)
+    }
+
+    async fn set_node_status(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, SetNodeStatusRequest>,
+    ) -> ServiceResult<SetNodeStatusResponse> {
+        let wanted = request.to_owned_message().status.as_known();
+        let wanted = wanted.ok_or_else(|| ConnectError::invalid_argument("no such status"))?;
+        *self.0.status.lock().expect("no panic holds it") = wanted;
+        Response::ok(SetNodeStatusResponse::default())
     }
 
     async fn create_sandbox(
@@ -205,7 +241,9 @@ impl NodeService for Service {
         if let Some(error) = self.0.next_create.lock().expect("no panic holds it").take() {
             return Err(error);
         }
-        let info = sandbox_info(&request.sandbox_id, &request.execution_id, request.end_at_unix_ms);
+        let mut info =
+            sandbox_info(&request.sandbox_id, &request.execution_id, request.end_at_unix_ms);
+        info.terms = request.terms;
         if *self.0.end_at_once.lock().expect("no panic holds it") {
             self.0.report(&info, "crashed");
         } else {
@@ -218,11 +256,69 @@ impl NodeService for Service {
     async fn list_sandboxes(
         &self,
         _ctx: RequestContext,
-        _request: ServiceRequest<'_, ListSandboxesRequest>,
+        request: ServiceRequest<'_, ListSandboxesRequest>,
     ) -> ServiceResult<ListSandboxesResponse> {
+        let after = request.to_owned_message().after_sandbox_id;
         let sandboxes = self.0.sandboxes.lock().expect("no panic holds it");
-        let sandboxes = sandboxes.values().cloned().collect();
-        Response::ok(ListSandboxesResponse { sandboxes, ..Default::default() })
+        let mut sandboxes: Vec<SandboxInfo> =
+            sandboxes.values().filter(|info| info.sandbox_id > after).cloned().collect();
+        sandboxes.sort_by(|a, b| a.sandbox_id.cmp(&b.sandbox_id));
+        // Small pages, so that every test with more sandboxes than this goes through several.
+        let more = sandboxes.len() > PAGE;
+        sandboxes.truncate(PAGE);
+        let next = sandboxes.last().filter(|_| more).map(|last| last.sandbox_id.clone());
+        Response::ok(ListSandboxesResponse {
+            sandboxes,
+            next_after_sandbox_id: next.unwrap_or_default(),
+            ..Default::default()
+        })
+    }
+
+    async fn list_reclaimed(
+        &self,
+        _ctx: RequestContext,
+        _request: ServiceRequest<'_, ListReclaimedRequest>,
+    ) -> ServiceResult<ListReclaimedResponse> {
+        let reclaimed = self.0.reclaimed.lock().expect("no panic holds it");
+        let sandboxes = reclaimed.iter().take(PAGE).cloned().collect();
+        Response::ok(ListReclaimedResponse { sandboxes, ..Default::default() })
+    }
+
+    async fn forget_reclaimed(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, ForgetReclaimedRequest>,
+    ) -> ServiceResult<ForgetReclaimedResponse> {
+        let known = request.to_owned_message().execution_ids;
+        let mut reclaimed = self.0.reclaimed.lock().expect("no panic holds it");
+        reclaimed.retain(|end| !known.contains(&end.execution_id));
+        Response::ok(ForgetReclaimedResponse::default())
+    }
+
+    async fn sandbox_metrics(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, SandboxMetricsRequest>,
+    ) -> ServiceResult<SandboxMetricsResponse> {
+        let request = request.to_owned_message();
+        let wanted =
+            |id: &String| request.sandbox_ids.is_empty() || request.sandbox_ids.contains(id);
+        let sandboxes = self.0.sandboxes.lock().expect("no panic holds it");
+        let samples = self.0.samples.lock().expect("no panic holds it");
+        let in_time = |sample: &&MetricsSample| {
+            request.start_unix_ms.is_none_or(|start| sample.at_unix_ms >= start)
+                && request.end_unix_ms.is_none_or(|end| sample.at_unix_ms <= end)
+        };
+        let found = sandboxes.keys().filter(|id| wanted(id)).map(|id| {
+            let all = samples.get(id).map(Vec::as_slice).unwrap_or_default();
+            let mut samples: Vec<_> = all.iter().filter(in_time).cloned().collect();
+            if request.latest_only {
+                samples = samples.split_off(samples.len().saturating_sub(1));
+            }
+            SandboxSamples { sandbox_id: id.clone(), samples, ..Default::default() }
+        });
+        let sandboxes = found.collect();
+        Response::ok(SandboxMetricsResponse { sandboxes, ..Default::default() })
     }
 
     async fn set_sandbox_end(

@@ -5,9 +5,10 @@ Lines on stdout:
     FAIL NAME: reason
     skip NAME: reason
     # a remark
-The exit code is 1 if any check failed. A check that needs the result of one that did not pass is
-skipped. Every sandbox a suite creates carries the suite's tag in its metadata; at the end the suite
-kills what still carries it, so that a run which died half-way leaves nothing either.
+After a FAIL for a deadline, remarks say where the calls that did not come back are stuck. The exit
+code is 1 if any check failed. A check that needs the result of one that did not pass is skipped.
+Every sandbox a suite creates carries the suite's tag in its metadata; at the end the suite kills
+what still carries it, so that a run which died half-way leaves nothing either.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ import uuid
 import raw
 
 DEADLINE_S = 120
+STUCK_FRAMES = 8  # of a call that does not come back: enough to see which lock or socket holds it
 
 
 class Skip(Exception):
@@ -60,7 +62,7 @@ class Suite:
         if self.on_server:
             self._kill_all()
         code = error.code if isinstance(error, SystemExit) else int(self.failed > 0)
-        if any(thread.is_alive() for thread in self._threads):
+        if not self.idle():
             # What overran its deadline or was interrupted still holds a thread, deep inside the
             # SDK; the interpreter could not end in peace.
             sys.stdout.flush()
@@ -86,6 +88,7 @@ class Suite:
         thread.join(deadline_s)
         if thread.is_alive():
             outcome["error"] = TimeoutError(f"no result within {deadline_s} s")
+            outcome["stuck"] = stacks_of_others()
         return self._report(name, started, outcome)
 
     async def acheck(self, name, body, *args, deadline_s=DEADLINE_S):
@@ -97,8 +100,12 @@ class Suite:
         try:
             outcome["value"] = await asyncio.wait_for(body(*args), deadline_s)
         except asyncio.TimeoutError as error:
-            late = time.monotonic() - started >= deadline_s
-            outcome["error"] = TimeoutError(f"no result within {deadline_s} s") if late else error
+            outcome["error"] = error
+            if time.monotonic() - started >= deadline_s:
+                outcome["error"] = TimeoutError(f"no result within {deadline_s} s")
+                # Where the cancellation met the coroutine, and threads it could not reach.
+                met = traceback.extract_tb((error.__cause__ or error).__traceback__)
+                outcome["stuck"] = [("coroutine", met), *stacks_of_others()]
         except Exception as error:
             outcome["error"] = error
         return self._report(name, started, outcome)
@@ -121,15 +128,20 @@ class Suite:
             say(f"skip {self.prefix}.{name}: {error}")
         else:
             self._fail(name, error)
+            for line in stuck_lines(outcome.get("stuck", [])):
+                self.remark(f"{name}: {line}")
         return None
+
+    def idle(self):
+        """Whether no check that overran its deadline still runs."""
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _fail(self, name, error):
         self.failed += 1
-        where = ""  # the innermost line of a suite: neither the SDK's nor this file's
+        where = ""  # the innermost line of a suite
         for frame in traceback.extract_tb(error.__traceback__):
-            folder, file = os.path.split(frame.filename)
-            if folder == os.path.dirname(__file__) and file != os.path.basename(__file__):
-                where = f" [{file}:{frame.lineno}]"
+            if in_suite(frame):
+                where = f" [{os.path.basename(frame.filename)}:{frame.lineno}]"
         text = " ".join(str(error).split()) or "no reason given"
         say(f"FAIL {self.prefix}.{name}: {type(error).__name__}: {text[:500]}{where}")
 
@@ -144,6 +156,34 @@ class Suite:
             say(f"ok {self.prefix}.nothing_left")
         except Exception as error:
             self._fail("nothing_left", error)
+
+
+def stacks_of_others():
+    """Name and stack of every thread but the caller's, as they are at this moment."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return [
+        (names.get(ident, str(ident)), traceback.extract_stack(frame))
+        for ident, frame in sys._current_frames().items()
+        if ident != threading.get_ident()
+    ]
+
+
+def stuck_lines(stacks):
+    """The innermost frames of the stacks that pass through a suite, one line for each stack: those
+    are calls that do not come back. Threads that merely wait for work have no such frame."""
+    for name, stack in stacks:
+        own = [frame for frame in stack if in_suite(frame)]
+        if own:
+            inner = stack[-STUCK_FRAMES:]
+            shown = inner if own[-1] in inner else own[-1:] + inner
+            places = [f"{os.path.basename(f.filename)}:{f.lineno} {f.name}" for f in shown]
+            yield f"{name} is stuck in {' > '.join(places)}"
+
+
+def in_suite(frame):
+    """Whether a line is a suite's: neither the SDK's nor this file's."""
+    folder, file = os.path.split(frame.filename)
+    return folder == os.path.dirname(__file__) and file != os.path.basename(__file__)
 
 
 def equal(found, wanted, what):

@@ -120,14 +120,15 @@ def commands_timeout(sandbox):
 
 def pty(sandbox):
     terminal = sandbox.pty.create(PtySize(rows=24, cols=80), timeout=COMMAND_S)
-    seen = b""
+    output, seen = iter(terminal), b""
 
     def read_until(wanted):
+        """Looks before it waits: what is wanted may have come with what was wanted before."""
         nonlocal seen
-        for _, _, data in terminal:
-            seen += data or b""
-            if wanted in seen:
-                return
+        while wanted not in seen:
+            piece = next(output, None)
+            true(piece, f"the terminal ended before it showed {wanted!r}: {seen[-200:]!r}")
+            seen += piece[2] or b""
 
     sandbox.pty.send_stdin(terminal.pid, b"stty size; echo sum-$((40 + 2))\n")
     read_until(b"24 80")

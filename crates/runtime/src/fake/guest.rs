@@ -5,6 +5,7 @@ use std::io;
 use std::sync::{Arc, PoisonError};
 
 use belljar_daemon::OnError;
+use belljar_wire::ENVD_VERSION;
 use belljar_wire::guest::{self, FromGuest, LINE_MAX_BYTES, LogEvent, LogLevel, LogLine, ToGuest};
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
@@ -18,8 +19,6 @@ use crate::machine::ExitCause;
 
 /// The guest daemon's port.
 pub const HTTP_PORT: u16 = 49983;
-/// What the fake says its daemon's version is.
-const VERSION: &str = "0.0.0-fake";
 /// Longest request head, and longest body that is read away.
 const HEAD_MAX_BYTES: usize = 16 * 1024;
 const BODY_MAX_BYTES: usize = 16 * 1024 * 1024;
@@ -35,7 +34,7 @@ pub(super) async fn speak(
     let (incoming, mut outgoing) = tokio::io::split(stream);
     let mut incoming = Lines::new(incoming, LINE_MAX_BYTES);
     if cold {
-        let booted = FromGuest::Booted { envd_version: VERSION.to_owned() };
+        let booted = FromGuest::Booted { envd_version: ENVD_VERSION.to_owned() };
         if let Some(said) = tried(&faults, Step::GuestBoot, &body, 0, booted).await {
             outgoing.write_all(&guest::encode(&said)).await?;
         }
@@ -49,7 +48,7 @@ pub(super) async fn speak(
                 let nonce = init.nonce;
                 log = init.logs.then(|| greeting(&init.sandbox_id));
                 *body.identity.lock().unwrap_or_else(PoisonError::into_inner) = init;
-                let ready = FromGuest::Ready { nonce, envd_version: VERSION.to_owned() };
+                let ready = FromGuest::Ready { nonce, envd_version: ENVD_VERSION.to_owned() };
                 tried(&faults, Step::GuestInit, &body, nonce, ready).await
             }
             ToGuest::PrepareSnapshot { nonce } => {

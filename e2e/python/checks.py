@@ -181,9 +181,11 @@ def stuck_lines(stacks):
 
 
 def in_suite(frame):
-    """Whether a line is a suite's: neither the SDK's nor this file's."""
-    folder, file = os.path.split(frame.filename)
-    return folder == os.path.dirname(__file__) and file != os.path.basename(__file__)
+    """Whether a line is of the programs beside this file or in a folder beside theirs: neither the
+    SDK's nor this file's."""
+    folder, file = os.path.split(os.path.abspath(frame.filename))
+    here, this = os.path.split(os.path.abspath(__file__))
+    return os.path.dirname(folder) == os.path.dirname(here) and file != this
 
 
 def equal(found, wanted, what):

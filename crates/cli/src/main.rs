@@ -23,7 +23,8 @@ mod up;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+use belljar_daemon::fault;
 use belljar_daemon::telemetry::{self, LogFormat};
 use clap::Parser as _;
 use serde::Serialize;
@@ -66,6 +67,9 @@ fn fail(error: &anyhow::Error) -> ExitCode {
 
 async fn dispatch(cli: Cli) -> Result<ExitCode> {
     let environment = Environment::read();
+    if let Some(fault) = &environment.fault {
+        fault::arm(fault).context("failed to do what BELLJAR_FAULT asks for")?;
+    }
     let local = Local::open(&cli.place, environment.home.as_deref())?;
     let target = || Target::find(&local, &environment.sdk);
     match cli.command {
@@ -98,6 +102,8 @@ async fn dispatch(cli: Cli) -> Result<ExitCode> {
 struct Environment {
     home: Option<PathBuf>,
     sdk: SdkEnv,
+    /// Where a test wants this process to die.
+    fault: Option<String>,
 }
 
 impl Environment {
@@ -106,6 +112,7 @@ impl Environment {
         let text = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         Environment {
             home: text("HOME").map(PathBuf::from),
+            fault: text("BELLJAR_FAULT"),
             sdk: SdkEnv {
                 api_url: text("E2B_API_URL"),
                 sandbox_url: text("E2B_SANDBOX_URL"),

@@ -9,6 +9,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use belljar_daemon::fault::{Point, reach};
 use belljar_daemon::{OnError, Scope, clock};
 use belljar_domain::{ExecutionId, Kind, SandboxId};
 use tokio::sync::oneshot;
@@ -139,6 +140,7 @@ async fn create_here(
         env_vars: spec.env_vars,
         allow_internet: spec.allow_internet,
     };
+    reach(Point::CreateReserved);
     let observed = match app.node.create(start).await {
         Ok(observed) => observed,
         Err(e) if e.kind() == Kind::NotFound => {
@@ -154,6 +156,7 @@ async fn create_here(
         app.reconcile_soon.notify_one();
         return Err(CreateError::Mixup);
     }
+    reach(Point::CreateNodeAnswered);
     let terms = Terms {
         team: team.id.clone(),
         alias: template.aliases.first().cloned(),
@@ -168,7 +171,9 @@ async fn create_here(
         app.routes.withdraw(&sandbox.id);
         return Err(e.into());
     }
+    reach(Point::CreateInTable);
     app.writer.push(Change::Started(Arc::clone(&sandbox)));
+    reach(Point::CreateBeforeAnswer);
     Ok(sandbox)
 }
 
@@ -191,9 +196,12 @@ pub(crate) async fn kill(app: &Arc<App>, team: &Arc<Team>, id: &SandboxId) -> Re
     let (this, team, id) = (Arc::clone(app), Arc::clone(team), id.clone());
     let work = async move {
         let sandbox = this.live.begin_end(&id, &team.id, clock::now()).ok_or(EndError::NotFound)?;
+        reach(Point::KillBegun);
         match this.node.kill(&id).await {
             Ok(()) => {
+                reach(Point::KillNodeAnswered);
                 forget(&this, &id, &sandbox.execution, "killed");
+                reach(Point::KillBeforeAnswer);
                 Ok(())
             }
             Err(e) if e.kind() == Kind::NotFound => {
@@ -227,11 +235,15 @@ pub(crate) async fn move_end(
             }
             NewEnd::NotBefore(lifetime) => now.plus(lifetime),
         };
+        reach(Point::EndMoveBegun);
         match this.node.set_end(&id, end_at).await {
             Ok(()) => {
+                reach(Point::EndMoveNodeAnswered);
                 let execution = sandbox.execution.clone();
                 this.live.move_end(&id, &execution, end_at);
+                reach(Point::EndMoveInTable);
                 this.writer.push(Change::EndMoved { execution, end_at });
+                reach(Point::EndMoveBeforeAnswer);
                 Ok(Arc::new(Sandbox { end_at, ..(*sandbox).clone() }))
             }
             Err(e) if e.kind() == Kind::NotFound => {

@@ -7,6 +7,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
+use belljar_daemon::fault::{Point, reach};
 use belljar_daemon::{OnError, Scope};
 use belljar_domain::{ExecutionId, UnixMillis};
 use tokio::sync::mpsc;
@@ -74,6 +75,7 @@ impl Writer {
 async fn run(store: &Store, mut changes: mpsc::Receiver<Change>) {
     let mut batch = Vec::with_capacity(BATCH);
     while changes.recv_many(&mut batch, BATCH).await > 0 {
+        reach(Point::StoreBeforeWrite);
         if let Err(e) = apply(store, &batch).await {
             let reason = std::error::Error::source(&e).map(ToString::to_string);
             warn!(
@@ -83,6 +85,7 @@ async fn run(store: &Store, mut changes: mpsc::Receiver<Change>) {
                 "changes were not written; the reconciler writes them later"
             );
         }
+        reach(Point::StoreWritten);
         batch.clear();
     }
 }

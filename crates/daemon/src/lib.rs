@@ -6,6 +6,7 @@ pub mod clock;
 pub mod downstream;
 #[cfg(feature = "http")]
 pub mod drain;
+pub mod fault;
 pub mod scope;
 pub mod teardown;
 #[cfg(feature = "telemetry")]

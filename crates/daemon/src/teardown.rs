@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use tracing::warn;
 
+use crate::fault::{Point, reach};
 use crate::scope::{OnError, Scope};
 
 type Undo = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
@@ -88,7 +89,10 @@ async fn run_steps(mut steps: Vec<Step>, deadline: Duration, mut leaks: Vec<Leak
             continue;
         }
         let reason = match tokio::time::timeout(deadline, step.undo).await {
-            Ok(Ok(())) => continue,
+            Ok(Ok(())) => {
+                reach(Point::TeardownStepUndone);
+                continue;
+            }
             Ok(Err(reason)) => reason,
             Err(_) => format!("no answer within {} ms", deadline.as_millis()),
         };

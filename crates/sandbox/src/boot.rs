@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use belljar_blockstore::{BaseImage, NbdServer, Overlay, SocketOwner};
+use belljar_daemon::fault::{Point, reach};
 use belljar_daemon::{Scope, Teardown, clock};
 use belljar_domain::{BuildId, Kind, SandboxId};
 use belljar_network::{EgressPolicy, LeaseError};
@@ -177,8 +178,11 @@ async fn acquire(
     let places = Places::of(settings, &request.sandbox_id);
     let meta = &template.template.meta;
     enter_ledger(ledger, request, meta, &places, started_at.0, undo)?;
+    reach(Point::BootInLedger);
     make_run_dir(&places.run_dir, undo)?;
+    reach(Point::BootFolderMade);
     let (network, slot_index) = lease_slot(deps, request, undo).await?;
+    reach(Point::BootSlotLeased);
     let route_ip = network.host_ip;
     let identity = settings
         .machine_uid_base
@@ -192,11 +196,13 @@ async fn acquire(
         run_dir: places.run_dir.clone(),
         identity,
     };
+    reach(Point::BootDiskReady);
     let mut machine = deps
         .runtime
         .restore(spec, &template.template.dir)
         .await
         .map_err(|source| CreateError::Machine { source })?;
+    reach(Point::BootMachineStarted);
     let (control, envd_version) = match become_sandbox(&mut *machine, request, meta, settings).await
     {
         Ok(ready) => ready,
@@ -207,6 +213,7 @@ async fn acquire(
             return Err(CreateError::Guest { source });
         }
     };
+    reach(Point::BootGuestReady);
     let info = SandboxInfo {
         sandbox_id: request.sandbox_id.clone(),
         execution_id: request.execution_id.clone(),

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use belljar_daemon::fault::{Point, reach};
 use belljar_daemon::{Scope, Teardown, clock};
 use belljar_domain::lifecycle::{Effect, EndReason, Event, State, next};
 use belljar_domain::{SandboxId, UnixMillis};
@@ -90,6 +91,7 @@ pub(crate) async fn own(
             Ok((to, Effect::Arm(at))) => {
                 state = to;
                 end_at.send_replace(at);
+                reach(Point::OwnerEndMoved);
                 // The caller may have left; the move stands all the same.
                 let _caller_gone = moved.is_some_and(|done| done.send(()).is_err());
             }
@@ -103,6 +105,7 @@ pub(crate) async fn own(
             Err(denied) => warn!(%sandbox_id, ?denied, ?event, "event refused"),
         }
     };
+    reach(Point::OwnerEnding);
     // Callers queue no more; those who wait see their answers dropped.
     commands.close();
     drop(control);
@@ -126,6 +129,7 @@ pub(crate) async fn give_back(
         undo.note_leak("machine", e.to_string());
     }
     drop(machine);
+    reach(Point::OwnerMachineDead);
     let leaks = undo.run().await;
     info!(%sandbox_id, reason = reason.as_str(), leaks = leaks.len(), "sandbox ended");
 }

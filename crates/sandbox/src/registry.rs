@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use belljar_blockstore::BaseImage;
+use belljar_daemon::fault::{Point, reach};
 use belljar_daemon::{OnError, Scope, clock};
 use belljar_domain::lifecycle::EndReason;
 use belljar_domain::{BuildId, ExecutionId, SandboxId, UnixMillis};
@@ -418,6 +419,7 @@ impl Inner {
         mut inbox: mpsc::Receiver<Command>,
         answer: oneshot::Sender<Result<SandboxInfo, CreateError>>,
     ) {
+        reach(Point::BootIdTaken);
         let started = self.start(&template, &mut request, &mut inbox).await;
         let booted = match started {
             Err(e) => {
@@ -434,12 +436,15 @@ impl Inner {
         self.table().runs(&request.sandbox_id, running);
         self.created.fetch_add(1, Ordering::Relaxed);
         info!(sandbox_id = %request.sandbox_id, build_id = %request.build_id, "sandbox runs");
+        reach(Point::BootBeforeAnswer);
         let _caller_gone = answer.send(Ok(info)).is_err();
         let CreateSandbox { sandbox_id, execution_id, .. } = request;
         let reason = own(&sandbox_id, booted, inbox, end_at, &log, &self.untold, &self.scope).await;
         self.table().leave(&sandbox_id);
+        reach(Point::OwnerBeforeNotice);
         // Nobody may be listening, which is fine.
         let _unheard = self.ended.send(Ended { sandbox_id, execution_id, reason }).is_err();
+        reach(Point::OwnerNoticeSent);
     }
 
     fn not_started(

@@ -12,15 +12,11 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use server::{Server, build_base, left_in, wait_until};
+use server::{Server, fake_template, left_in, wait_until};
 
 fn data_dir() -> tempfile::TempDir {
     let data = tempfile::tempdir().expect("a temporary folder");
-    let (kernel, rootfs) = (data.path().join("kernel"), data.path().join("rootfs"));
-    std::fs::write(&kernel, b"the fake driver reads no kernel").expect("a file");
-    let disk = std::fs::File::create(&rootfs).expect("a file");
-    disk.set_len(64 << 20).expect("a sparse file");
-    build_base(data.path(), "fake", &kernel, &rootfs);
+    fake_template(data.path());
     data
 }
 

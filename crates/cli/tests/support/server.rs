@@ -19,10 +19,22 @@ pub struct Server {
 impl Server {
     /// Starts a server on free ports and waits until it is ready.
     pub fn start(data: &Path, runtime: &str) -> Server {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_belljar"))
-            .args(["up", "--runtime", runtime, "--api-port", "0", "--proxy-port", "0", "--json"])
-            .arg("--data-dir")
-            .arg(data)
+        Server::run(up(data).args(["--runtime", runtime]))
+    }
+
+    /// Starts a server whose node serves on `socket` in another process.
+    pub fn start_control(data: &Path, socket: &Path) -> Server {
+        Server::run(up(data).arg("--node").arg(socket))
+    }
+
+    /// Starts a node alone.
+    pub fn start_node(data: &Path, runtime: &str) -> Server {
+        Server::run(node(data).args(["--runtime", runtime]))
+    }
+
+    /// Runs a command made by [`up`] or [`node`] and waits for its readiness line.
+    pub fn run(command: &mut Command) -> Server {
+        let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
             .spawn()
@@ -88,6 +100,20 @@ impl Drop for Server {
     }
 }
 
+/// `belljar up` on free ports; the caller says where its sandboxes run.
+pub fn up(data: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_belljar"));
+    command.args(["up", "--api-port", "0", "--proxy-port", "0", "--json", "--data-dir"]).arg(data);
+    command
+}
+
+/// `belljar node` on its usual socket.
+pub fn node(data: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_belljar"));
+    command.args(["node", "--json", "--data-dir"]).arg(data);
+    command
+}
+
 /// One HTTP/1.1 exchange on a connection of its own.
 fn exchange(base: &str, method: &str, path: &str, headers: &str, body: &str) -> (u16, String) {
     let host = base.strip_prefix("http://").expect("a plain URL");
@@ -142,6 +168,15 @@ pub fn build_base(data: &Path, runtime: &str, kernel: &Path, rootfs: &Path) {
         .output()
         .expect("the program runs");
     assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+}
+
+/// Builds `base` for the fake driver, which reads neither kernel nor disk.
+pub fn fake_template(data: &Path) {
+    let (kernel, rootfs) = (data.join("kernel"), data.join("rootfs"));
+    std::fs::write(&kernel, b"the fake driver reads no kernel").expect("a file");
+    let disk = std::fs::File::create(&rootfs).expect("a file");
+    disk.set_len(64 << 20).expect("a sparse file");
+    build_base(data, "fake", &kernel, &rootfs);
 }
 
 /// Files of sandboxes of the server with this data folder and tag: in its folders there, and in

@@ -1,0 +1,83 @@
+//! Control and node in processes of their own, on the fake driver: each may end without the other.
+
+#[path = "support/rows.rs"]
+mod rows;
+#[path = "support/server.rs"]
+mod server;
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use serde_json::json;
+
+use rows::runs;
+use server::{Server, fake_template, left_in, wait_until};
+
+/// Folders of a node with the `base` template, and of a control plane.
+fn data_dirs() -> (tempfile::TempDir, tempfile::TempDir) {
+    let node = tempfile::tempdir().expect("a temporary folder");
+    fake_template(node.path());
+    (node, tempfile::tempdir().expect("a temporary folder"))
+}
+
+fn socket(node: &Server) -> PathBuf {
+    PathBuf::from(node.text("socket"))
+}
+
+#[test]
+fn sandboxes_outlive_their_control_plane() {
+    let (node_data, control_data) = data_dirs();
+    let node = Server::start_node(node_data.path(), "fake");
+    let control = Server::start_control(control_data.path(), &socket(&node));
+    let sandbox = control.create(json!({ "templateID": "base", "metadata": { "who": "roles" } }));
+    let id = sandbox["sandboxID"].as_str().expect("an id").to_owned();
+    let told = |server: &Server| server.api("GET", &format!("/sandboxes/{id}"), None).1;
+    wait_until("its row in the store", || {
+        runs(control_data.path()).iter().any(|run| run.sandbox == id)
+    });
+    let before = told(&control);
+    control.crash();
+
+    let control = Server::start_control(control_data.path(), &socket(&node));
+    assert_eq!(told(&control), before, "it is the same sandbox, with everything said of it");
+    assert_eq!(control.traffic(&id, 49983, "/health", "").0, 204, "its route is back");
+    control.stop();
+
+    let control = Server::start_control(control_data.path(), &socket(&node));
+    assert_eq!(told(&control), before, "stopping control in order ends no sandbox either");
+    assert_eq!(control.api("DELETE", &format!("/sandboxes/{id}"), None).0, 204);
+    control.stop();
+    let tag = node.text("host_tag").to_owned();
+    node.stop();
+    assert_eq!(left_in(node_data.path(), &tag), Vec::<String>::new());
+}
+
+#[test]
+fn a_control_plane_outlives_its_node() {
+    let (node_data, control_data) = data_dirs();
+    let node = Server::start_node(node_data.path(), "fake");
+    let control = Server::start_control(control_data.path(), &socket(&node));
+    let sandbox = control.create(json!({ "templateID": "base" }));
+    let id = sandbox["sandboxID"].as_str().expect("an id").to_owned();
+    node.crash();
+
+    let node = Server::start_node(node_data.path(), "fake");
+    assert_eq!(node.ready["reclaimed_sandboxes"], json!(1));
+    wait_until("the end of what died with the node", || {
+        control.api("GET", &format!("/sandboxes/{id}"), None).0 == 404
+    });
+    let next = control.create(json!({ "templateID": "base" }));
+    let next = next["sandboxID"].as_str().expect("an id");
+    assert_eq!(control.traffic(next, 49983, "/health", "").0, 204);
+    control.stop();
+    node.stop();
+}
+
+#[test]
+fn a_server_has_its_own_node_or_others_not_both() {
+    let said = Command::new(env!("CARGO_BIN_EXE_belljar"))
+        .args(["up", "--node", "x.sock", "--runtime", "fake"])
+        .output()
+        .expect("the program runs");
+    assert_eq!(said.status.code(), Some(2), "wrong usage: {said:?}");
+}

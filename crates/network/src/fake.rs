@@ -10,26 +10,34 @@ use async_trait::async_trait;
 use crate::slots::{EgressPolicy, LeaseError, ReleaseError, Slot, Slots};
 use crate::{GUEST_MAC, TAP};
 
-/// Addresses a process has: 127.0.0.0/8 leaves 24 bits, of which 12 tell processes apart.
-const ADDRESSES: u32 = 1 << 12;
+/// 127.0.0.0/8 leaves 24 bits. So many of them number the slots of a process with few; the others
+/// tell processes apart.
+const SLOT_BITS: u32 = 12;
+/// So many at most; the 8 that are left still tell a handful of processes apart.
+const SLOT_BITS_MAX: u32 = 16;
 
 /// The first address no fake of this process has yet.
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
 /// Slots on loopback addresses, each unique among the fakes of this process and, as far as 12
-/// bits of its process number go, of the others on the host.
+/// bits of its process number go (8 for a fake of many slots), of the others on the host.
 ///
 /// It isolates nothing: [`Slot::netns`] is `None`, and policies are only remembered.
 #[derive(Debug)]
 pub struct FakeSlots {
     capacity: u32,
     first: u32,
+    slot_bits: u32,
     books: Mutex<Books>,
 }
 
 #[derive(Debug, Default)]
 struct Books {
     leased: BTreeMap<u32, EgressPolicy>,
+    /// Given back, to be leased again.
+    free: Vec<u32>,
+    /// No slot from this one on was ever leased.
+    untouched: u32,
     closed: bool,
     failing_leases: u32,
     failing_releases: u32,
@@ -39,11 +47,13 @@ impl FakeSlots {
     /// A fake with `capacity` slots.
     ///
     /// # Panics
-    /// With more than 4,095 slots; there are no addresses for them.
+    /// With more than 65,534 slots; there are no addresses for them.
     pub fn new(capacity: u32) -> FakeSlots {
-        assert!(capacity < ADDRESSES, "a process has {ADDRESSES} addresses for fake slots");
+        let most = (1 << SLOT_BITS_MAX) - 2;
+        assert!(capacity <= most, "a process has {most} addresses for fake slots");
+        let slot_bits = if capacity <= (1 << SLOT_BITS) - 2 { SLOT_BITS } else { SLOT_BITS_MAX };
         let first = NEXT.fetch_add(capacity, Ordering::Relaxed);
-        FakeSlots { capacity, first, books: Mutex::default() }
+        FakeSlots { capacity, first, slot_bits, books: Mutex::default() }
     }
 
     /// Makes the next `count` leases fail with [`LeaseError::Setup`].
@@ -65,12 +75,12 @@ impl FakeSlots {
         self.books.lock().expect("nothing panics while it holds the books")
     }
 
-    /// 127.x.y.z: the process in the upper 12 bits, the slot in the lower. Both are kept off 0, so
+    /// 127.x.y.z: the process in the upper bits, the slot in the lower. Both are kept off 0, so
     /// that 127.0.0.1 and whatever else listens in 127.0.0.0/20 stay out of it.
     fn address(&self, index: u32) -> Ipv4Addr {
-        let process = std::process::id() % (ADDRESSES - 1) + 1;
-        let place = (self.first.wrapping_add(index)) % (ADDRESSES - 2) + 1;
-        Ipv4Addr::from_bits(127 << 24 | process << 12 | place)
+        let process = std::process::id() % ((1 << (24 - self.slot_bits)) - 1) + 1;
+        let place = (self.first.wrapping_add(index)) % ((1 << self.slot_bits) - 2) + 1;
+        Ipv4Addr::from_bits(127 << 24 | process << self.slot_bits | place)
     }
 }
 
@@ -88,11 +98,18 @@ impl Slots for FakeSlots {
         if books.closed {
             return Err(LeaseError::Closed);
         }
-        let free = (0..self.capacity).find(|index| !books.leased.contains_key(index));
-        let index = free.ok_or(LeaseError::Exhausted { capacity: self.capacity })?;
+        let untouched = books.untouched;
+        let index = match books.free.last() {
+            Some(index) => *index,
+            None if untouched < self.capacity => untouched,
+            None => return Err(LeaseError::Exhausted { capacity: self.capacity }),
+        };
         if due(&mut books.failing_leases) {
             let reason = "a fault was asked for".to_owned();
             return Err(LeaseError::Setup { index, step: "make a tap", reason });
+        }
+        if books.free.pop().is_none() {
+            books.untouched += 1;
         }
         books.leased.insert(index, policy);
         Ok(Slot {
@@ -113,7 +130,10 @@ impl Slots for FakeSlots {
             return failed("take everything apart", "a fault was asked for");
         }
         match books.leased.remove(&index) {
-            Some(_) => Ok(()),
+            Some(_) => {
+                books.free.push(index);
+                Ok(())
+            }
             None => failed("find the lease", "it is not leased from this pool"),
         }
     }
@@ -143,6 +163,24 @@ mod tests {
         for slot in [&a, &b] {
             TcpListener::bind((slot.host_ip, 0)).expect("loopback needs no set-up");
         }
+    }
+
+    #[tokio::test]
+    async fn thousands_have_addresses_of_their_own_and_are_leased_again() {
+        let many = FakeSlots::new(10_000);
+        let mut slots = Vec::new();
+        let mut addresses = std::collections::HashSet::new();
+        for _ in 0..10_000 {
+            let slot = many.lease(EgressPolicy::None).await.expect("it is free");
+            assert!(addresses.insert(slot.host_ip), "{} is leased twice", slot.host_ip);
+            slots.push(slot);
+        }
+        let full = many.lease(EgressPolicy::None).await;
+        assert!(matches!(full, Err(LeaseError::Exhausted { capacity: 10_000 })));
+        let index = slots[5_000].index;
+        many.release(slots.swap_remove(5_000)).await.expect("it was leased");
+        let again = many.lease(EgressPolicy::None).await.expect("one is free");
+        assert_eq!(again.index, index);
     }
 
     #[tokio::test]

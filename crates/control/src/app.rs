@@ -12,6 +12,7 @@ use crate::config::Config;
 use crate::keys::{ApiKey, KeyHash};
 use crate::live::{Live, Sandbox};
 use crate::node::Node;
+use crate::oidc::Verifier;
 use crate::route::{Route, RouteSink};
 use crate::store::{Store, StoreError};
 use crate::team::Team;
@@ -35,6 +36,8 @@ pub(crate) struct App {
     pub(crate) routes: Arc<dyn RouteSink>,
     pub(crate) tokens: TokenSeed,
     pub(crate) keys: KeyMemory,
+    #[expect(dead_code, reason = "asked once users and memberships exist")]
+    pub(crate) oidc: Verifier,
     /// Asks for a reconcile before the next one is due.
     pub(crate) reconcile_soon: Notify,
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::oidc::OidcIssuer;
 use crate::route::RouteSink;
 use crate::store::Store;
 
@@ -17,6 +18,8 @@ pub struct Config {
     pub max_sandbox_length: Duration,
     /// Sandboxes one team may have running or starting.
     pub max_concurrent_sandboxes: u32,
+    /// Whose bearer tokens are accepted. Those with the same URL are one issuer of several audiences.
+    pub oidc: Vec<OidcIssuer>,
     /// How long [`crate::serve`] waits for the node to answer before it gives up.
     pub node_wait: Duration,
     /// How often the live table is compared with the node when nothing else asks for it.
@@ -31,6 +34,7 @@ impl Default for Config {
             public_domain: None,
             max_sandbox_length: Duration::from_secs(24 * 3600),
             max_concurrent_sandboxes: 100,
+            oidc: Vec::new(),
             node_wait: Duration::from_secs(30),
             reconcile_interval: Duration::from_secs(60),
             shutdown_grace: Duration::from_secs(10),

@@ -22,6 +22,9 @@ mod keys;
 mod lifecycle;
 mod live;
 mod node;
+#[cfg_attr(not(test), expect(dead_code, reason = "who signs in comes with users and memberships"))]
+mod oidc;
+mod outgoing;
 mod reconcile;
 mod route;
 mod serve;
@@ -34,6 +37,7 @@ mod writer;
 pub use config::{Config, Deps};
 pub use keys::{ApiKey, ApiKeyError};
 pub use node::NodeCallError;
+pub use oidc::{OidcIssuer, OidcIssuerError};
 pub use route::{Route, RouteSink};
 pub use serve::{ServeError, serve};
 pub use store::{Database, DatabaseError, Store, StoreError};

@@ -29,6 +29,7 @@ use crate::api;
 use crate::app::{App, KeyMemory};
 use crate::config::{Config, Deps};
 use crate::node::{Node, NodeCallError};
+use crate::oidc::Verifier;
 use crate::reconcile::{self, ReconcileError};
 use crate::store::StoreError;
 use crate::templates::Templates;
@@ -55,6 +56,9 @@ pub enum ServeError {
     /// The store failed.
     #[error("start the control plane with its store")]
     Store(#[from] StoreError),
+    /// No HTTP client can be made.
+    #[error("start the control plane with its HTTP client")]
+    Client(#[from] rustls::Error),
     /// The node did not answer in time.
     #[error("start the control plane: no answer from the node at {socket} in {wait_ms} ms")]
     Node {
@@ -97,6 +101,7 @@ pub async fn serve(
         routes: deps.routes,
         tokens: deps.store.token_seed().await?,
         keys: KeyMemory::default(),
+        oidc: Verifier::new(&config.oidc, &requests)?,
         reconcile_soon: tokio::sync::Notify::new(),
         store: deps.store,
         config,

@@ -3,7 +3,9 @@
 mod auth;
 mod body;
 mod create;
+mod document;
 mod error;
+mod later;
 mod logs;
 mod page;
 mod query;
@@ -18,47 +20,49 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::Response;
-use axum::routing::{any, get, post};
 use http::{Method, StatusCode, Uri, header};
 use tracing::info;
+use utoipa_axum::routes;
 
 use crate::app::App;
+use document::{Access, Routes};
 use error::ApiError;
 
 /// Every route of the API.
 pub(crate) fn router(app: Arc<App>) -> Router {
-    let of_teams = Router::new()
-        .route("/sandboxes", get(sandboxes::list_v1).post(sandboxes::create_v1))
-        .route("/v2/sandboxes", get(sandboxes::list_v2).post(sandboxes::create_v2))
-        .route("/sandboxes/{id}", get(sandboxes::detail).delete(sandboxes::kill))
-        .route("/sandboxes/{id}/connect", post(sandboxes::connect_v1))
-        .route("/v2/sandboxes/{id}/connect", post(sandboxes::connect_v2))
-        .route("/sandboxes/{id}/timeout", post(sandboxes::set_timeout))
-        .route("/sandboxes/{id}/refreshes", post(sandboxes::refresh))
-        .route("/sandboxes/metrics", any(not_yet))
-        .route("/sandboxes/{id}/metrics", any(not_yet))
-        .route("/sandboxes/{id}/logs", get(logs::list_v1))
-        .route("/v2/sandboxes/{id}/logs", get(logs::list_v2))
-        .route("/sandboxes/{id}/pause", any(not_yet))
-        .route("/sandboxes/{id}/resume", any(not_yet))
-        .route("/sandboxes/{id}/fork", any(not_yet))
-        .route("/sandboxes/{id}/snapshots", any(not_yet))
-        .route("/sandboxes/{id}/network", any(not_yet))
-        .route("/snapshots", any(not_yet))
-        .route("/templates", get(templates::list_v1))
-        .route("/v2/templates", get(templates::list_v2))
-        .route("/templates/{id}", get(templates::detail))
-        .route("/templates/aliases/{alias}", get(templates::alias))
-        .route_layer(from_fn_with_state(Arc::clone(&app), auth::require_team));
-    Router::new()
-        .route("/health", get(health))
-        .merge(of_teams)
-        .method_not_allowed_fallback(no_such_route)
+    let open = document::frame().routes(routes!(health));
+    document::serve(open.merge(of_teams(&app)))
+        .method_not_allowed_fallback(no_such_method)
         .fallback(no_such_route)
         .layer(from_fn(log_request))
         .with_state(app)
 }
 
+/// What a team does with what is its own.
+fn of_teams(app: &Arc<App>) -> Routes {
+    let routes = Routes::default()
+        .routes(routes!(sandboxes::list_v1, sandboxes::create_v1))
+        .routes(routes!(sandboxes::list_v2, sandboxes::create_v2))
+        .routes(routes!(sandboxes::detail, sandboxes::kill))
+        .routes(routes!(sandboxes::connect_v1))
+        .routes(routes!(sandboxes::connect_v2))
+        .routes(routes!(sandboxes::set_timeout))
+        .routes(routes!(sandboxes::refresh))
+        .routes(routes!(logs::list_v1))
+        .routes(routes!(logs::list_v2))
+        .routes(routes!(templates::list_v1))
+        .routes(routes!(templates::list_v2))
+        .routes(routes!(templates::detail))
+        .routes(routes!(templates::alias));
+    later::mount(document::guarded(routes, Access::Team))
+        .route_layer(from_fn_with_state(Arc::clone(app), auth::require_team))
+}
+
+/// Whether the server answers.
+#[utoipa::path(
+    get, path = "/health", tag = "server",
+    responses((status = 200, description = "It does", body = String, content_type = "text/plain")),
+)]
 async fn health(State(_app): State<Arc<App>>) -> &'static str {
     "Health check successful"
 }
@@ -67,11 +71,10 @@ async fn no_such_route(method: Method, uri: Uri) -> ApiError {
     ApiError::not_found(format!("no such route: {method} {}", uri.path()))
 }
 
-/// Routes of the contract that this server does not serve yet. A 404 would tell an SDK that the
-/// sandbox is gone.
-async fn not_yet(method: Method, uri: Uri) -> ApiError {
-    let message = format!("{method} {} is not supported by this server yet", uri.path());
-    ApiError::new(StatusCode::NOT_IMPLEMENTED, message)
+/// The router adds the header that says which methods there are.
+async fn no_such_method(method: Method, uri: Uri) -> ApiError {
+    let message = format!("no such route: {method} {}; see the header Allow", uri.path());
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message)
 }
 
 /// One line a request. Queries and headers can hold what the caller wants kept private.

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 ///
 /// Source of the words: `contract/e2b-wire.md` section 1.2, SandboxLogEntry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum LogLevel {
     /// For whoever looks for a fault.

@@ -25,6 +25,7 @@ pub type Time = chrono::DateTime<chrono::Utc>;
 
 /// The body of every error answer. Source: contract section 1.1.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Error {
     /// The HTTP status again.
     pub code: u16,

@@ -29,6 +29,20 @@ const DAEMON_LOGGER: &str = "envd";
 
 type Answer = Result<Response, ApiError>;
 
+/// Reads the newest log lines of a sandbox, oldest first. Deprecated: version 2 filters.
+#[utoipa::path(
+    get, path = "/sandboxes/{id}/logs", tag = "sandboxes",
+    params(
+        Named,
+        ("start" = Option<i64>, Query, description = "Not before this time, in milliseconds since 1970", minimum = 0),
+        ("limit" = Option<u32>, Query, description = "Lines; more than 1000 counts as 1000", minimum = 0),
+    ),
+    responses(
+        (status = 200, description = "The lines, in two forms", body = rest::SandboxLogs),
+        (status = 404, description = "There is no such sandbox"),
+        (status = 504, description = "Its node did not answer in time"),
+    ),
+)]
 pub(crate) async fn list_v1(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
@@ -50,6 +64,23 @@ pub(crate) async fn list_v1(
     Ok(JsonAnswer(rest::SandboxLogs { logs, log_entries }).into_response())
 }
 
+/// Reads log lines of a sandbox.
+#[utoipa::path(
+    get, path = "/v2/sandboxes/{id}/logs", tag = "sandboxes",
+    params(
+        Named,
+        ("cursor" = Option<i64>, Query, description = "Where to begin, in milliseconds since 1970", minimum = 0),
+        ("limit" = Option<u32>, Query, description = "Lines", minimum = 0, maximum = 1000),
+        ("direction" = inline(Option<Direction>), Query, description = "Absent: forward"),
+        ("level" = inline(Option<rest::LogLevel>), Query, description = "At least this bad"),
+        ("search" = Option<String>, Query, description = "Text to contain", max_length = 256),
+    ),
+    responses(
+        (status = 200, description = "The lines, in the order asked for", body = rest::SandboxLogsV2),
+        (status = 404, description = "There is no such sandbox"),
+        (status = 504, description = "Its node did not answer in time"),
+    ),
+)]
 pub(crate) async fn list_v2(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
@@ -60,7 +91,7 @@ pub(crate) async fn list_v2(
     let wanted = LogsWanted {
         cursor: time(&query, "cursor")?,
         limit: number(&query, "limit", MAX_LIMIT)?,
-        backward: is_backward(&query)?,
+        backward: direction(&query)? == Direction::NewestFirst,
         min_level: query.get("level").map(level).transpose()?,
         search: search(&query)?.to_owned(),
     };
@@ -105,10 +136,19 @@ fn number(query: &Query, name: &str, max: u32) -> Result<u32, ApiError> {
     }
 }
 
-fn is_backward(query: &Query) -> Result<bool, ApiError> {
+/// Which lines come first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, utoipa::ToSchema)]
+enum Direction {
+    #[schema(rename = "forward")]
+    OldestFirst,
+    #[schema(rename = "backward")]
+    NewestFirst,
+}
+
+fn direction(query: &Query) -> Result<Direction, ApiError> {
     match query.get("direction") {
-        None | Some("forward") => Ok(false),
-        Some("backward") => Ok(true),
+        None | Some("forward") => Ok(Direction::OldestFirst),
+        Some("backward") => Ok(Direction::NewestFirst),
         Some(_) => {
             Err(ApiError::bad_request("the parameter 'direction' must be forward or backward"))
         }

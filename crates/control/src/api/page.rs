@@ -17,9 +17,11 @@ use super::shapes::time;
 const MAX_LIMIT: usize = 100;
 
 /// Which end of a list comes first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, utoipa::ToSchema)]
 pub(crate) enum Order {
+    #[schema(rename = "asc")]
     OldestFirst,
+    #[schema(rename = "desc")]
     NewestFirst,
 }
 

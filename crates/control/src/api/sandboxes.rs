@@ -12,11 +12,14 @@ use belljar_domain::{SandboxId, TemplateId, UnixMillis};
 use belljar_wire::rest;
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use utoipa::openapi::Required;
+use utoipa::openapi::path::{Parameter, ParameterIn};
+use utoipa::{IntoParams, PartialSchema as _};
 
 use super::auth::Caller;
 use super::body::{Json, OptionalJson};
 use super::error::ApiError;
-use super::page::{Position, Wanted};
+use super::page::{Order, Position, Wanted};
 use super::query::{Query, metadata_filter};
 use super::{create, shapes};
 use crate::app::App;
@@ -46,6 +49,14 @@ pub(crate) struct Named {
     pub(crate) text: String,
 }
 
+impl IntoParams for Named {
+    fn into_params(_: impl Fn() -> Option<ParameterIn>) -> Vec<Parameter> {
+        let id = Parameter::builder().name("id").parameter_in(ParameterIn::Path);
+        let id = id.schema(Some(String::schema())).required(Required::True);
+        vec![id.description(Some("The sandbox")).build()]
+    }
+}
+
 impl<S: Send + Sync> FromRequestParts<S> for Named {
     type Rejection = ApiError;
 
@@ -60,6 +71,16 @@ impl<S: Send + Sync> FromRequestParts<S> for Named {
     }
 }
 
+/// Starts a sandbox. Deprecated: version 2 lives longer by default and is always secured.
+#[utoipa::path(
+    post, path = "/sandboxes", tag = "sandboxes", request_body = rest::NewSandbox,
+    responses(
+        (status = 201, description = "It runs", body = rest::Sandbox),
+        (status = 403, description = "The template is another team's"),
+        (status = 404, description = "There is no such template"),
+        (status = 504, description = "It did not start in time"),
+    ),
+)]
 pub(crate) async fn create_v1(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
@@ -69,6 +90,16 @@ pub(crate) async fn create_v1(
     create_with(&app, &team, body, DEFAULT_SECONDS_V1, secure).await
 }
 
+/// Starts a sandbox.
+#[utoipa::path(
+    post, path = "/v2/sandboxes", tag = "sandboxes", request_body = rest::NewSandbox,
+    responses(
+        (status = 201, description = "It runs", body = rest::Sandbox),
+        (status = 403, description = "The template is another team's"),
+        (status = 404, description = "There is no such template"),
+        (status = 504, description = "It did not start in time"),
+    ),
+)]
 pub(crate) async fn create_v2(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
@@ -90,6 +121,14 @@ async fn create_with(
     Ok((StatusCode::CREATED, body).into_response())
 }
 
+/// Lists running sandboxes, newest first. Deprecated: version 2 has pages.
+#[utoipa::path(
+    get, path = "/sandboxes", tag = "sandboxes",
+    params(
+        ("metadata" = Option<String>, Query, description = "Labels to have, as `key=value&key=value`, form-encoded"),
+    ),
+    responses((status = 200, description = "All that match", body = Vec<rest::ListedSandbox>)),
+)]
 pub(crate) async fn list_v1(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
@@ -101,6 +140,26 @@ pub(crate) async fn list_v1(
     Ok(JsonAnswer(listed).into_response())
 }
 
+/// Lists sandboxes.
+#[utoipa::path(
+    get, path = "/v2/sandboxes", tag = "sandboxes",
+    params(
+        ("metadata" = Option<String>, Query, description = "Labels to have, as `key=value&key=value`, form-encoded"),
+        ("state" = inline(Option<Vec<rest::SandboxState>>), Query, style = Form, explode = false, description = "States to have. Absent: any"),
+        ("order" = inline(Option<Order>), Query, description = "By start. Absent: newest first"),
+        ("startedAfter" = Option<chrono::DateTime<chrono::Utc>>, Query, description = "Started later than this"),
+        ("template" = Option<String>, Query, description = "Started from this template, by id or name"),
+        ("limit" = Option<u32>, Query, description = "Items on a page", minimum = 1, maximum = 100),
+        ("nextToken" = Option<String>, Query, description = "Where the last page ended, from its header"),
+    ),
+    responses((
+        status = 200, description = "One page", body = Vec<rest::ListedSandbox>,
+        headers(
+            ("X-Next-Token" = String, description = "Token of the next page; absent on the last"),
+            ("X-Total-Running" = i64, description = "Running sandboxes that match, whatever the page"),
+        ),
+    )),
+)]
 pub(crate) async fn list_v2(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
@@ -183,6 +242,14 @@ fn template_filter(app: &App, team: &Team, text: &str) -> Result<Option<Template
     }
 }
 
+/// Shows a sandbox.
+#[utoipa::path(
+    get, path = "/sandboxes/{id}", tag = "sandboxes", params(Named),
+    responses(
+        (status = 200, description = "What is known of it", body = rest::SandboxDetail),
+        (status = 404, description = "There is no such sandbox"),
+    ),
+)]
 pub(crate) async fn detail(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
@@ -195,6 +262,15 @@ pub(crate) async fn detail(
     Ok(JsonAnswer(shapes::detail(&app, &sandbox)).into_response())
 }
 
+/// Ends a sandbox and all it holds.
+#[utoipa::path(
+    delete, path = "/sandboxes/{id}", tag = "sandboxes", params(Named),
+    responses(
+        (status = 204, description = "It is gone"),
+        (status = 404, description = "There is no such sandbox"),
+        (status = 409, description = "It is changing; try again"),
+    ),
+)]
 pub(crate) async fn kill(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
@@ -204,6 +280,17 @@ pub(crate) async fn kill(
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
+/// Connects to a sandbox: its end moves to at least the given time from now, never closer.
+#[utoipa::path(
+    post, path = "/sandboxes/{id}/connect", tag = "sandboxes", params(Named),
+    request_body = rest::ConnectSandbox,
+    responses(
+        (status = 200, description = "It was running", body = rest::Sandbox),
+        (status = 404, description = "There is no such sandbox"),
+        (status = 409, description = "It is changing; try again"),
+        (status = 504, description = "Its node did not answer in time"),
+    ),
+)]
 pub(crate) async fn connect_v1(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
@@ -213,6 +300,17 @@ pub(crate) async fn connect_v1(
     connect_with(&app, &team, &named, body.timeout).await
 }
 
+/// Connects to a sandbox: its end moves to at least the given time from now, never closer.
+#[utoipa::path(
+    post, path = "/v2/sandboxes/{id}/connect", tag = "sandboxes", params(Named),
+    request_body = Option<rest::ConnectSandboxV2>,
+    responses(
+        (status = 200, description = "It was running", body = rest::Sandbox),
+        (status = 404, description = "There is no such sandbox"),
+        (status = 409, description = "It is changing; try again"),
+        (status = 504, description = "Its node did not answer in time"),
+    ),
+)]
 pub(crate) async fn connect_v2(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
@@ -232,6 +330,17 @@ async fn connect_with(app: &Arc<App>, team: &Arc<Team>, named: &Named, seconds: 
     Ok(JsonAnswer(shapes::sandbox(app, &sandbox)).into_response())
 }
 
+/// Moves the end of a sandbox to the given time from now, closer or further.
+#[utoipa::path(
+    post, path = "/sandboxes/{id}/timeout", tag = "sandboxes", params(Named),
+    request_body = rest::SetTimeout,
+    responses(
+        (status = 204, description = "It ends then"),
+        (status = 404, description = "There is no such sandbox"),
+        (status = 409, description = "It is changing; try again"),
+        (status = 504, description = "Its node did not answer in time"),
+    ),
+)]
 pub(crate) async fn set_timeout(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
@@ -242,6 +351,17 @@ pub(crate) async fn set_timeout(
     move_end(&app, &team, &named, NewEnd::In(lifetime)).await
 }
 
+/// Moves the end of a sandbox further, if it would be sooner than the given time from now.
+#[utoipa::path(
+    post, path = "/sandboxes/{id}/refreshes", tag = "sandboxes", params(Named),
+    request_body = Option<rest::RefreshSandbox>,
+    responses(
+        (status = 204, description = "It lives at least until then"),
+        (status = 404, description = "There is no such sandbox"),
+        (status = 409, description = "It is changing; try again"),
+        (status = 504, description = "Its node did not answer in time"),
+    ),
+)]
 pub(crate) async fn refresh(
     State(app): State<Arc<App>>,
     Extension(team): Caller,

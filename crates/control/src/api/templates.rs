@@ -21,6 +21,12 @@ use crate::templates::{Reference, Template};
 
 type Answer = Result<Response, ApiError>;
 
+/// Lists templates. Deprecated: version 2 has pages.
+#[utoipa::path(
+    get, path = "/templates", tag = "templates",
+    params(("teamID" = Option<String>, Query, description = "Ignored: the key says which team")),
+    responses((status = 200, description = "All a team can use", body = Vec<rest::Template>)),
+)]
 pub(crate) async fn list_v1(State(app): State<Arc<App>>, Extension(_): Caller) -> Answer {
     let spawned = app.store.spawned().await?;
     let all = app.templates.all();
@@ -28,6 +34,19 @@ pub(crate) async fn list_v1(State(app): State<Arc<App>>, Extension(_): Caller) -
     Ok(Json(shown.collect::<Vec<_>>()).into_response())
 }
 
+/// Lists templates.
+#[utoipa::path(
+    get, path = "/v2/templates", tag = "templates",
+    params(
+        ("teamID" = Option<String>, Query, description = "Ignored: the key says which team"),
+        ("limit" = Option<u32>, Query, description = "Items on a page", minimum = 1, maximum = 100),
+        ("nextToken" = Option<String>, Query, description = "Where the last page ended, from its header"),
+    ),
+    responses((
+        status = 200, description = "One page", body = Vec<rest::Template>,
+        headers(("X-Next-Token" = String, description = "Token of the next page; absent on the last")),
+    )),
+)]
 pub(crate) async fn list_v2(
     State(app): State<Arc<App>>,
     Extension(_): Caller,
@@ -44,6 +63,16 @@ pub(crate) async fn list_v2(
     Ok((headers, Json(shown.collect::<Vec<_>>())).into_response())
 }
 
+/// Shows a template.
+#[utoipa::path(
+    get, path = "/templates/{id}", tag = "templates",
+    params(("id" = String, Path, description = "Its id or name")),
+    responses(
+        (status = 200, description = "What is known of it", body = rest::TemplateWithBuilds),
+        (status = 403, description = "It is another team's"),
+        (status = 404, description = "There is no such template"),
+    ),
+)]
 pub(crate) async fn detail(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
@@ -58,6 +87,16 @@ pub(crate) async fn detail(
     .into_response())
 }
 
+/// Finds a template by name.
+#[utoipa::path(
+    get, path = "/templates/aliases/{alias}", tag = "templates",
+    params(("alias" = String, Path, description = "Its name, with or without a tag")),
+    responses(
+        (status = 200, description = "The template that has it", body = rest::TemplateAlias),
+        (status = 403, description = "It is another team's"),
+        (status = 404, description = "There is no such template or tag"),
+    ),
+)]
 pub(crate) async fn alias(
     State(app): State<Arc<App>>,
     Extension(team): Caller,

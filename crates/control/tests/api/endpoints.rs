@@ -36,8 +36,10 @@ async fn what_is_not_there_answers_in_json() {
     for path in ["/", "/nope", "/v3/sandboxes", "/sandboxes/iabc/nope", "/health/x"] {
         client.get(path).await.assert_error(404, "no such route");
     }
-    client.send(Method::PUT, "/sandboxes", "{}").await.assert_error(404, "no such route");
-    client.post("/health", "").await.assert_error(404, "no such route");
+    let put = client.send(Method::PUT, "/sandboxes", "{}").await;
+    put.assert_error(405, "no such route");
+    assert_eq!(put.headers["allow"], "GET,HEAD,POST");
+    client.post("/health", "").await.assert_error(405, "no such route");
     rig.stop().await;
 }
 

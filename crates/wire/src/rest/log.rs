@@ -2,16 +2,17 @@
 
 use std::collections::BTreeMap;
 
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-use super::Time;
 pub use crate::log_level::LogLevel;
 
 /// One line of a sandbox's log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct SandboxLogEntry {
     /// When.
-    pub timestamp: Time,
+    pub timestamp: DateTime<Utc>,
     /// What was said.
     pub message: String,
     /// How bad.
@@ -22,15 +23,17 @@ pub struct SandboxLogEntry {
 
 /// One line of a sandbox's log as version 1 has it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct SandboxLog {
     /// When.
-    pub timestamp: Time,
+    pub timestamp: DateTime<Utc>,
     /// A JSON object with at least `level`, `logger` and `message`, as text: clients parse it.
     pub line: String,
 }
 
 /// Answer to `GET /sandboxes/{id}/logs`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct SandboxLogs {
     /// The lines as old clients read them.
@@ -41,6 +44,7 @@ pub struct SandboxLogs {
 
 /// Answer to `GET /v2/sandboxes/{id}/logs`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct SandboxLogsV2 {
     /// In the order asked for.
     pub logs: Vec<SandboxLogEntry>,

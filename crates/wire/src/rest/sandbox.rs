@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-use super::Time;
 
 /// Body of `POST /sandboxes` and of `POST /v2/sandboxes`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct NewSandbox {
     /// Whether the guest daemon asks for a token. Version 2 does not have it: it always does.
@@ -41,6 +42,7 @@ pub struct NewSandbox {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub env_vars: Option<BTreeMap<String, String>>,
     /// Configuration of an MCP gateway; any object.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<Object>))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mcp: Option<serde_json::Value>,
     /// Workload identity.
@@ -53,6 +55,7 @@ pub struct NewSandbox {
 
 /// Whether traffic resumes a paused sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct AutoResume {
     /// On or off.
     pub enabled: bool,
@@ -60,6 +63,7 @@ pub struct AutoResume {
 
 /// Workload identity tokens to offer inside a sandbox. At most 5.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Iam {
     /// Tokens by name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -68,6 +72,7 @@ pub struct Iam {
 
 /// One workload identity token.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct IamToken {
     /// Who the token is for.
@@ -78,6 +83,7 @@ pub struct IamToken {
 
 /// A volume and where it appears in the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct VolumeMount {
     /// The volume's name.
     pub name: String,
@@ -87,6 +93,7 @@ pub struct VolumeMount {
 
 /// Traffic rules of a sandbox (`SandboxNetworkConfig` in the contract).
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct SandboxNetwork {
     /// Whether anyone may reach the sandbox's ports. Absent: true.
@@ -117,6 +124,7 @@ pub struct SandboxNetwork {
 
 /// A SOCKS5 proxy for outgoing flows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct EgressProxy {
     /// `host:port`.
     pub address: String,
@@ -133,6 +141,7 @@ pub struct EgressProxy {
 
 /// TLS to an egress proxy.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct EgressProxyTls {
     /// On or off.
@@ -148,6 +157,7 @@ pub struct EgressProxyTls {
 
 /// One change to requests that go to a domain.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct NetworkRule {
     /// The change.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -156,6 +166,7 @@ pub struct NetworkRule {
 
 /// Headers to set on outgoing requests.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct HeaderTransform {
     /// Values by name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -164,6 +175,7 @@ pub struct HeaderTransform {
 
 /// Body of `POST /sandboxes/{id}/connect`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ConnectSandbox {
     /// Seconds to live from now, at least.
     pub timeout: i64,
@@ -174,6 +186,7 @@ pub struct ConnectSandbox {
 
 /// Body of `POST /v2/sandboxes/{id}/connect`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ConnectSandboxV2 {
     /// Seconds to live from now, at least. Absent: 300.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -185,6 +198,7 @@ pub struct ConnectSandboxV2 {
 
 /// Body of `POST /sandboxes/{id}/timeout`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct SetTimeout {
     /// Seconds to live from now; may shorten.
     pub timeout: i64,
@@ -192,6 +206,7 @@ pub struct SetTimeout {
 
 /// Body of `POST /sandboxes/{id}/refreshes`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct RefreshSandbox {
     /// Seconds to live from now, at least: 0 to 3600, where less than 15 counts as 15.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -200,6 +215,7 @@ pub struct RefreshSandbox {
 
 /// Answer to create and connect.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Sandbox {
     /// The template it runs.
@@ -229,6 +245,7 @@ pub struct Sandbox {
 
 /// What a sandbox is doing, as clients see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum SandboxState {
     /// It runs.
@@ -239,6 +256,7 @@ pub enum SandboxState {
 
 /// What happens at the end of a sandbox's time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Lifecycle {
     /// Whether traffic resumes it.
@@ -249,6 +267,7 @@ pub struct Lifecycle {
 
 /// Answer to `GET /sandboxes/{id}`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct SandboxDetail {
     /// What lists show too.
@@ -273,6 +292,7 @@ pub struct SandboxDetail {
 
 /// One sandbox in a list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct ListedSandbox {
     /// The template it runs.
@@ -285,9 +305,9 @@ pub struct ListedSandbox {
     #[serde(rename = "clientID")]
     pub client_id: String,
     /// When it started.
-    pub started_at: Time,
+    pub started_at: DateTime<Utc>,
     /// When it will end.
-    pub end_at: Time,
+    pub end_at: DateTime<Utc>,
     /// Virtual processors.
     pub cpu_count: u32,
     /// Memory, mebibytes.

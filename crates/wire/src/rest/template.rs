@@ -1,11 +1,12 @@
 //! Templates and their builds. Source: contract section 1.3.
 
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-use super::Time;
 
 /// How far a build is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum BuildStatus {
     /// Not started.
@@ -20,6 +21,7 @@ pub enum BuildStatus {
 
 /// One template in a list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Template {
     /// The template.
@@ -43,13 +45,13 @@ pub struct Template {
     /// Names, with a namespace where they have one.
     pub names: Vec<String>,
     /// When it was made.
-    pub created_at: Time,
+    pub created_at: DateTime<Utc>,
     /// When its current build was made.
-    pub updated_at: Time,
+    pub updated_at: DateTime<Utc>,
     /// Who made it; null for templates that belong to the server.
     pub created_by: Option<TeamUser>,
     /// When a sandbox last started from it.
-    pub last_spawned_at: Option<Time>,
+    pub last_spawned_at: Option<DateTime<Utc>>,
     /// How many sandboxes ever started from it.
     pub spawn_count: i64,
     /// How many builds it has had.
@@ -62,6 +64,7 @@ pub struct Template {
 
 /// A person.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TeamUser {
     /// A UUID.
     pub id: String,
@@ -71,6 +74,7 @@ pub struct TeamUser {
 
 /// Answer to `GET /templates/{id}`: every template field, and its builds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TemplateWithBuilds {
     /// The template.
     #[serde(flatten)]
@@ -81,6 +85,7 @@ pub struct TemplateWithBuilds {
 
 /// One build of a template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct TemplateBuild {
     /// The build.
@@ -89,12 +94,12 @@ pub struct TemplateBuild {
     /// How far it is.
     pub status: BuildStatus,
     /// When it was asked for.
-    pub created_at: Time,
+    pub created_at: DateTime<Utc>,
     /// When it last changed.
-    pub updated_at: Time,
+    pub updated_at: DateTime<Utc>,
     /// When it ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub finished_at: Option<Time>,
+    pub finished_at: Option<DateTime<Utc>>,
     /// Virtual processors.
     pub cpu_count: u32,
     /// Memory, mebibytes.
@@ -110,6 +115,7 @@ pub struct TemplateBuild {
 
 /// Answer to `GET /templates/aliases/{alias}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TemplateAlias {
     /// The template the name means.
     #[serde(rename = "templateID")]

@@ -4,12 +4,17 @@
 //! body repeats the HTTP status because clients read it there. Unknown fields in a request are
 //! ignored, an explicit `null` reads as "absent".
 
+mod event;
 mod log;
 mod sandbox;
 mod template;
 
 use serde::{Deserialize, Serialize};
 
+pub use event::{
+    DeliveryState, EventData, EventExecution, EventType, KillReason, NewWebhook, SandboxEvent,
+    UpdateWebhook, Webhook, WebhookDelivery,
+};
 pub use log::{LogLevel, SandboxLog, SandboxLogEntry, SandboxLogs, SandboxLogsV2};
 pub use sandbox::{
     AutoResume, ConnectSandbox, ConnectSandboxV2, EgressProxy, EgressProxyTls, HeaderTransform,

@@ -72,9 +72,10 @@ def request(base_url, method, path, body=None, headers=None, timeout_s=60):
         connection.close()
 
 
-def api(method, path, body=None, key=None, timeout_s=60):
-    """A control-plane request. `body` is encoded as JSON unless it is bytes already."""
-    headers = {"X-API-Key": setting("E2B_API_KEY") if key is None else key}
+def api(method, path, body=None, key=None, timeout_s=60, headers=None):
+    """A control-plane request. `body` is encoded as JSON unless it is bytes already; `headers` come
+    beside the key's, or in its place."""
+    headers = {"X-API-Key": setting("E2B_API_KEY") if key is None else key, **(headers or {})}
     if body is not None:
         headers["Content-Type"] = "application/json"
         body = body if isinstance(body, bytes) else json.dumps(body).encode()

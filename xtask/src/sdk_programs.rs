@@ -18,6 +18,8 @@ pub(crate) struct SdkPrograms {
     pub(crate) js_folder: PathBuf,
     /// The same for the oldest JS SDK.
     pub(crate) old_js_folder: PathBuf,
+    /// The same for the official command line.
+    pub(crate) cli_folder: PathBuf,
 }
 
 impl SdkPrograms {
@@ -28,6 +30,7 @@ impl SdkPrograms {
             old_python_venv: folder.join("python-old"),
             js_folder: folder.join("js"),
             old_js_folder: folder.join("js-old"),
+            cli_folder: folder.join("cli"),
         }
     }
 
@@ -49,7 +52,8 @@ impl SdkPrograms {
         replace_link(folder, &current_link(places))?;
         let e2e = places.root.join("e2e");
         replace_link(&self.js_folder.join("node_modules"), &e2e.join("node_modules"))?;
-        replace_link(&self.old_js_folder.join("node_modules"), &e2e.join("js-old/node_modules"))
+        replace_link(&self.old_js_folder.join("node_modules"), &e2e.join("js-old/node_modules"))?;
+        replace_link(&self.cli_folder.join("node_modules"), &e2e.join("cli/node_modules"))
     }
 
     /// The Python with the current SDK.
@@ -72,7 +76,7 @@ impl SdkPrograms {
         self.own_or_system("npm")
     }
 
-    /// `PATH` on which the right node comes first: npm starts it by name.
+    /// `PATH` on which the right node comes first: npm and the suites start it by name.
     pub(crate) fn search_path(&self, places: &Places) -> Result<OsString> {
         let own = std::iter::once(self.python_venv.join("bin"));
         std::env::join_paths(own.chain(std::env::split_paths(&places.search_path)))

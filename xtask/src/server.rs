@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{BufReader, Write};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -25,6 +25,12 @@ const STOP_LIMIT: Duration = Duration::from_secs(60);
 /// What clients expect by default; others are taken if these are in use.
 const API_PORT: u16 = 3000;
 const PROXY_PORT: u16 = 3002;
+/// The fake runtime's sandboxes cost little; the suites keep a few hundred at a time.
+const FAKE_SANDBOXES_MAX: u32 = 1000;
+/// Building a template for the fake runtime writes a few files.
+const FAKE_TEMPLATE_LIMIT: Duration = Duration::from_secs(60);
+/// The fake runtime boots neither kernel nor disk; it only copies them.
+const FAKE_IMAGE_BYTES: u64 = 1024 * 1024;
 /// Log lines shown when the server does not come up.
 const TAIL_LINES: usize = 20;
 
@@ -75,13 +81,35 @@ impl Server {
     ///
     /// The calling thread must live as long as the server: the kernel ends the server with it.
     pub(crate) fn start(places: &Places, goal: &Goal) -> Result<Server> {
+        let command = command::as_root(belljar_program(places, goal.build));
+        Server::start_with(command, goal.data.clone(), &places.logs().join("server.log"))
+    }
+
+    /// The same on the fake runtime: its sandboxes are names without a machine, and a thousand of
+    /// them cost nothing. Its data folder is made anew, with a template `base` of nothing.
+    ///
+    /// The calling thread must live as long as the server: the kernel ends the server with it.
+    pub(crate) fn start_fake(places: &Places, goal: &Goal) -> Result<Server> {
+        let data = places.cache.join("test-data-fake");
+        if data.exists() {
+            std::fs::remove_dir_all(&data)
+                .with_context(|| format!("cannot remove {}", data.display()))?;
+        }
+        std::fs::create_dir_all(&data)
+            .with_context(|| format!("cannot create {}", data.display()))?;
+        let program = belljar_program(places, goal.build);
+        fake_template(&program, &data)?;
+        let mut command = command::tied(&program);
+        command.env("BELLJAR_RUNTIME", "fake");
+        command.env("BELLJAR_SANDBOXES_MAX", FAKE_SANDBOXES_MAX.to_string());
+        Server::start_with(command, data, &places.logs().join("server-fake.log"))
+    }
+
+    fn start_with(mut command: Command, data: PathBuf, log_path: &Path) -> Result<Server> {
         let (api_port, proxy_port) = (free_port(API_PORT)?, free_port(PROXY_PORT)?);
-        let data = goal.data.clone();
         let before = Traces::find(&data, "");
-        let log_path = places.logs().join("server.log");
-        let log = File::create(&log_path)
+        let log = File::create(log_path)
             .with_context(|| format!("cannot write {}", log_path.display()))?;
-        let mut command = command::as_root(belljar_program(places, goal.build));
         command.args(["up", "--json", "--data-dir"]).arg(&data);
         command.args(["--api-port", &api_port.to_string()]);
         command.args(["--proxy-port", &proxy_port.to_string()]);
@@ -93,7 +121,7 @@ impl Server {
             }
             Err(error) => {
                 drop(process);
-                let tail = command::tail(&log_path, TAIL_LINES).join("\n    ");
+                let tail = command::tail(log_path, TAIL_LINES).join("\n    ");
                 Err(error.context(format!(
                     "the server did not come up; end of {}:\n    {tail}\n  `belljar doctor` says \
                      what is missing; cause",
@@ -126,6 +154,24 @@ impl Server {
         faults.extend(left.into_iter().map(|trace| format!("left over: {trace}")));
         Stopped { took: started.elapsed(), faults }
     }
+}
+
+/// Makes a template `base` for the fake runtime, from an empty kernel and an empty disk.
+fn fake_template(program: &Path, data: &Path) -> Result<()> {
+    let (kernel, rootfs) = (data.join("no-kernel"), data.join("no-rootfs"));
+    for file in [&kernel, &rootfs] {
+        File::create(file)
+            .and_then(|created| created.set_len(FAKE_IMAGE_BYTES))
+            .with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    let mut build = command::tied(program);
+    build.args(["template", "build", "base", "--runtime", "fake"]);
+    build.arg("--kernel").arg(&kernel).arg("--rootfs").arg(&rootfs).arg("--data-dir").arg(data);
+    let status = command::run_streamed(build, FAKE_TEMPLATE_LIMIT, |line| println!("  {line}"))?;
+    if !status.success() {
+        bail!("cannot build the fake runtime's template: {status}");
+    }
+    Ok(())
 }
 
 /// Reads standard output up to the readiness line; what follows goes on to the log.

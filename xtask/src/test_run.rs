@@ -35,11 +35,13 @@ pub(crate) fn run(places: &Places) -> Result<bool> {
         tidy_rules(places, &mut tally)?;
         cargo_tests(places, &mut tally)?;
         let sdks = SdkPrograms::current(places)?;
-        let suites = Suites { places, sdks: &sdks, end: started + RUN_LIMIT };
+        let search_path = sdks.search_path(places)?;
+        let suites = Suites { places, sdks: &sdks, search_path, end: started + RUN_LIMIT };
         println!("\n== official SDKs against the guest daemon alone");
         for suite in suites::NATIVE {
             suites.run_native(suite, &mut tally);
         }
+        control_suites(&suites, &goal, &mut tally);
         live_suites(&suites, &goal, &mut tally)?;
     }
     tally.show(started.elapsed());
@@ -81,6 +83,19 @@ fn cargo_tests(places: &Places, tally: &mut Tally) -> Result<()> {
     Ok(())
 }
 
+/// The official SDKs' control plane against a server on the fake runtime.
+fn control_suites(suites: &Suites<'_>, goal: &Goal, tally: &mut Tally) {
+    println!("\n== official SDKs against the control plane");
+    let server = match Server::start_fake(suites.places, goal) {
+        Ok(server) => server,
+        Err(error) => return tally.fail("server on the fake runtime", &format!("{error:#}")),
+    };
+    for suite in suites::CONTROL {
+        suites.run_live(suite, &server, tally);
+    }
+    stop(server, tally);
+}
+
 /// The official SDKs against a server of our own, and the state of the machine after it.
 fn live_suites(suites: &Suites<'_>, goal: &Goal, tally: &mut Tally) -> Result<()> {
     println!("\n== official SDKs against a server");
@@ -100,6 +115,12 @@ fn live_suites(suites: &Suites<'_>, goal: &Goal, tally: &mut Tally) -> Result<()
     for running in long {
         running.finish(tally)?;
     }
+    stop(server, tally);
+    Ok(())
+}
+
+/// That a server ends well and leaves nothing is a test as well.
+fn stop(server: Server, tally: &mut Tally) {
     let stopped = server.stop();
     println!("\n== server stopped in {:.1} s", stopped.took.as_secs_f64());
     if stopped.faults.is_empty() {
@@ -108,5 +129,4 @@ fn live_suites(suites: &Suites<'_>, goal: &Goal, tally: &mut Tally) -> Result<()
     for fault in stopped.faults {
         tally.fail("clean stop", &fault);
     }
-    Ok(())
 }

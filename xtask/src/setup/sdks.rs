@@ -1,4 +1,4 @@
-//! The official SDKs, each in a folder of the cache named after the pinned versions.
+//! The official SDKs and command line, each in a folder of the cache named after the pinned versions.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,11 +21,13 @@ pub(super) fn install(context: &StepContext<'_>) -> Result<Outcome, StepError> {
     let old_requirements = e2e.join("python/requirements-old.txt");
     let package_json = e2e.join("js/package.json");
     let old_package_json = e2e.join("js-old/package.json");
+    let cli_package_json = e2e.join("cli/package.json");
     let key = content_key([
         &read(&requirements)?[..],
         &read(&old_requirements)?,
         &read(&package_json)?,
         &read(&old_package_json)?,
+        &read(&cli_package_json)?,
         NODE_WHEEL.as_bytes(),
     ]);
     let folder = context.places.cache.join(format!("sdk-{key}"));
@@ -42,6 +44,7 @@ pub(super) fn install(context: &StepContext<'_>) -> Result<Outcome, StepError> {
         suitable_node(context, &programs)?;
         javascript(context, &programs, &programs.js_folder, &package_json)?;
         javascript(context, &programs, &programs.old_js_folder, &old_package_json)?;
+        javascript(context, &programs, &programs.cli_folder, &cli_package_json)?;
         std::fs::write(&marker, "")?;
     }
     programs.publish(context.places)?;
@@ -78,7 +81,7 @@ fn javascript(
     folder: &Path,
     package_json: &Path,
 ) -> Result<(), StepError> {
-    context.say(&format!("installs the JS SDK of {}", package_json.display()));
+    context.say(&format!("installs the packages of {}", package_json.display()));
     std::fs::create_dir_all(folder)?;
     std::fs::copy(package_json, folder.join("package.json"))?;
     let mut npm = tied(programs.npm());

@@ -1,5 +1,6 @@
 //! The programs under `e2e/`: what runs each, against what, and for how long at most.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
 use std::thread::JoinHandle;
@@ -48,6 +49,14 @@ pub(super) const NATIVE: &[Suite] = &[
     suite("guest, other RPC", Runner::Python, "python/rpc_forms.py"),
 ];
 
+/// Against a server whose sandboxes are names only: what is asked of the API alone, often enough to
+/// fill many pages.
+pub(super) const CONTROL: &[Suite] = &[
+    suite("control, python sync", Runner::Python, "python/control_suite.py"),
+    suite("control, python async", Runner::Python, "python/control_suite_async.py"),
+    suite("control, js", Runner::Node, "js/control_suite.mjs"),
+];
+
 /// Against a server, one after the other: each has the emulated processors to itself.
 pub(super) const LIVE: &[Suite] = &[
     suite("python sync", Runner::Python, "python/suite.py"),
@@ -55,6 +64,7 @@ pub(super) const LIVE: &[Suite] = &[
     suite("python, oldest SDK", Runner::OldPython, "python/suite_old.py"),
     suite("js", Runner::Node, "js/suite.mjs"),
     suite("js, oldest SDK", Runner::Node, "js-old/suite_old.mjs"),
+    suite("command line", Runner::Python, "cli/suite.py"),
     suite("bad input", Runner::Python, "python/bad_input.py"),
     suite("loopback", Runner::Python, "python/loopback.py"),
     suite("process logs", Runner::Python, "python/process_logs.py"),
@@ -75,6 +85,8 @@ pub(super) const LONG: &[Suite] = &[
 pub(super) struct Suites<'a> {
     pub(super) places: &'a Places,
     pub(super) sdks: &'a SdkPrograms,
+    /// On which programs that a suite starts are found.
+    pub(super) search_path: OsString,
     pub(super) end: Instant,
 }
 
@@ -114,7 +126,8 @@ impl Suites<'_> {
             Runner::Node => self.sdks.node(),
         };
         let mut command = command::tied(program);
-        command.arg(self.places.root.join("e2e").join(suite.file)).env("PYTHONUNBUFFERED", "1");
+        command.arg(self.places.root.join("e2e").join(suite.file));
+        command.env("PYTHONUNBUFFERED", "1").env("PATH", &self.search_path);
         command
     }
 

@@ -45,7 +45,8 @@ class Said:
         return [json.loads(line) for line in self.out.splitlines() if line]
 
     def __str__(self):
-        return f"exit {self.code}, out {self.out[-300:]!r}, err {self.err[-300:]!r}"
+        # An error comes first and its stack after it.
+        return f"exit {self.code}, out {self.out[-300:]!r}, err {self.err[:300]!r}"
 
 
 class Program:

@@ -9,6 +9,7 @@ mod later;
 mod logs;
 mod page;
 mod query;
+mod rates;
 mod sandboxes;
 mod shapes;
 mod templates;
@@ -34,6 +35,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
     document::serve(open.merge(of_teams(&app)))
         .method_not_allowed_fallback(no_such_method)
         .fallback(no_such_route)
+        .layer(from_fn_with_state(Arc::clone(&app), rates::per_address))
         .layer(from_fn(log_request))
         .with_state(app)
 }
@@ -55,6 +57,7 @@ fn of_teams(app: &Arc<App>) -> Routes {
         .routes(routes!(templates::detail))
         .routes(routes!(templates::alias));
     later::mount(document::guarded(routes, Access::Team))
+        .route_layer(from_fn_with_state(Arc::clone(app), rates::per_team))
         .route_layer(from_fn_with_state(Arc::clone(app), auth::require_team))
 }
 

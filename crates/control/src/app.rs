@@ -13,6 +13,7 @@ use crate::keys::{ApiKey, KeyHash};
 use crate::live::{Live, Sandbox};
 use crate::node::Node;
 use crate::oidc::Verifier;
+use crate::rates::Limits;
 use crate::route::{Route, RouteSink};
 use crate::store::{Store, StoreError};
 use crate::team::Team;
@@ -38,6 +39,7 @@ pub(crate) struct App {
     pub(crate) keys: KeyMemory,
     #[expect(dead_code, reason = "asked once users and memberships exist")]
     pub(crate) oidc: Verifier,
+    pub(crate) limits: Limits,
     /// Asks for a reconcile before the next one is due.
     pub(crate) reconcile_soon: Notify,
 }

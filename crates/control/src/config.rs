@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::oidc::OidcIssuer;
+use crate::rates::Rates;
 use crate::route::RouteSink;
 use crate::store::Store;
 
@@ -20,6 +21,8 @@ pub struct Config {
     pub max_concurrent_sandboxes: u32,
     /// Whose bearer tokens are accepted. Those with the same URL are one issuer of several audiences.
     pub oidc: Vec<OidcIssuer>,
+    /// Requests taken of a team and from an address.
+    pub rates: Rates,
     /// How long [`crate::serve`] waits for the node to answer before it gives up.
     pub node_wait: Duration,
     /// How often the live table is compared with the node when nothing else asks for it.
@@ -35,6 +38,7 @@ impl Default for Config {
             max_sandbox_length: Duration::from_secs(24 * 3600),
             max_concurrent_sandboxes: 100,
             oidc: Vec::new(),
+            rates: Rates::default(),
             node_wait: Duration::from_secs(30),
             reconcile_interval: Duration::from_secs(60),
             shutdown_grace: Duration::from_secs(10),

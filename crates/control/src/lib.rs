@@ -25,6 +25,8 @@ mod node;
 #[cfg_attr(not(test), expect(dead_code, reason = "who signs in comes with users and memberships"))]
 mod oidc;
 mod outgoing;
+mod peer;
+mod rates;
 mod reconcile;
 mod route;
 mod serve;
@@ -38,6 +40,7 @@ pub use config::{Config, Deps};
 pub use keys::{ApiKey, ApiKeyError};
 pub use node::NodeCallError;
 pub use oidc::{OidcIssuer, OidcIssuerError};
+pub use rates::{Rate, RateError, Rates};
 pub use route::{Route, RouteSink};
 pub use serve::{ServeError, serve};
 pub use store::{Database, DatabaseError, Store, StoreError};

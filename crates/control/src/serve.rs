@@ -30,6 +30,8 @@ use crate::app::{App, KeyMemory};
 use crate::config::{Config, Deps};
 use crate::node::{Node, NodeCallError};
 use crate::oidc::Verifier;
+use crate::peer::Peer;
+use crate::rates::Limits;
 use crate::reconcile::{self, ReconcileError};
 use crate::store::StoreError;
 use crate::templates::Templates;
@@ -101,6 +103,7 @@ pub async fn serve(
         routes: deps.routes,
         tokens: deps.store.token_seed().await?,
         keys: KeyMemory::default(),
+        limits: Limits::new(config.rates),
         oidc: Verifier::new(&config.oidc, &requests)?,
         reconcile_soon: tokio::sync::Notify::new(),
         store: deps.store,
@@ -172,7 +175,9 @@ async fn connection(app: &App, router: axum::Router, stream: TcpStream, peer: So
     let asked = AtomicBool::new(false);
     let service = service_fn(|request: Request<Incoming>| {
         asked.store(true, Ordering::Relaxed);
-        router.clone().oneshot(Drained::of(request, app.scope.clone()).map(Body::new))
+        let mut request = Drained::of(request, app.scope.clone()).map(Body::new);
+        request.extensions_mut().insert(Peer(peer.ip().to_canonical()));
+        router.clone().oneshot(request)
     });
     let mut builder = auto::Builder::new(Spawner(app.scope.clone()));
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIME);

@@ -23,6 +23,14 @@ pub(crate) struct ApiError {
     status: StatusCode,
     message: String,
     error_code: Option<&'static str>,
+    retry: Option<Retry>,
+}
+
+/// What a client should do about a failed request, where it cannot be told from the status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Retry {
+    /// Send it again after this many seconds.
+    After(u32),
 }
 
 /// The one table from kinds to HTTP statuses.
@@ -42,7 +50,8 @@ fn status_of(kind: Kind) -> StatusCode {
 
 impl ApiError {
     pub(crate) fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        ApiError { status, message: message.into(), error_code: None }
+        let retry = (status == StatusCode::SERVICE_UNAVAILABLE).then_some(Retry::After(1));
+        ApiError { status, message: message.into(), error_code: None, retry }
     }
 
     pub(crate) fn of_kind(kind: Kind, message: impl Into<String>) -> Self {
@@ -79,6 +88,12 @@ impl ApiError {
 
     fn coded(mut self, error_code: &'static str) -> Self {
         self.error_code = Some(error_code);
+        self
+    }
+
+    /// Another try may go well, `seconds` from now.
+    pub(crate) fn retry_after(mut self, seconds: u32) -> Self {
+        self.retry = Some(Retry::After(seconds));
         self
     }
 
@@ -192,10 +207,10 @@ impl IntoResponse for ApiError {
             error_code: self.error_code.map(str::to_owned),
         };
         let mut response = (self.status, Json(body)).into_response();
-        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+        if let Some(Retry::After(seconds)) = self.retry {
             let headers = response.headers_mut();
             headers.insert(SHOULD_RETRY, HeaderValue::from_static("true"));
-            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         response
     }

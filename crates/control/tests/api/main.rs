@@ -4,4 +4,5 @@ mod document;
 mod endpoints;
 mod faults;
 mod logs;
+mod rates;
 mod support;

@@ -179,10 +179,6 @@ async fn start_control(
     scope: &Scope,
 ) -> Result<String> {
     let (local, options) = (parts.local, parts.options);
-    // Which of several runs a sandbox is not decided here yet.
-    let [node_socket] = <[PathBuf; 1]>::try_from(parts.node_sockets()).map_err(|sockets| {
-        anyhow!("{} nodes were named with --node: this version serves one", sockets.len())
-    })?;
     let database = options.database.clone().unwrap_or_else(|| Database::Sqlite(local.database()));
     let store = Store::connect(&database).await.context("failed to open the database")?;
     let api_key = team_key(local, &store).await?;
@@ -192,7 +188,7 @@ async fn start_control(
         ..belljar_control::Config::default()
     };
     let deps = belljar_control::Deps {
-        node_socket,
+        node_sockets: parts.node_sockets(),
         routes: Arc::new(Announcer(catalog)),
         store: store.clone(),
     };

@@ -6,6 +6,7 @@ mod create;
 mod document;
 mod error;
 mod later;
+mod list;
 mod logs;
 mod page;
 mod query;
@@ -43,8 +44,8 @@ pub(crate) fn router(app: Arc<App>) -> Router {
 /// What a team does with what is its own.
 fn of_teams(app: &Arc<App>) -> Routes {
     let routes = Routes::default()
-        .routes(routes!(sandboxes::list_v1, sandboxes::create_v1))
-        .routes(routes!(sandboxes::list_v2, sandboxes::create_v2))
+        .routes(routes!(list::list_v1, sandboxes::create_v1))
+        .routes(routes!(list::list_v2, sandboxes::create_v2))
         .routes(routes!(sandboxes::detail, sandboxes::kill))
         .routes(routes!(sandboxes::connect_v1))
         .routes(routes!(sandboxes::connect_v2))

@@ -6,12 +6,11 @@ use std::time::{Duration, Instant};
 
 use belljar_daemon::Scope;
 use belljar_domain::Secret;
-use tokio::sync::Notify;
 
 use crate::config::Config;
 use crate::keys::{ApiKey, KeyHash};
 use crate::live::{Live, Sandbox};
-use crate::node::Node;
+use crate::nodes::{Member, Nodes};
 use crate::oidc::Verifier;
 use crate::rates::Limits;
 use crate::route::{Route, RouteSink};
@@ -29,7 +28,7 @@ pub(crate) struct App {
     pub(crate) config: Config,
     pub(crate) store: Store,
     pub(crate) live: Arc<Live>,
-    pub(crate) node: Node,
+    pub(crate) nodes: Nodes,
     pub(crate) templates: Templates,
     pub(crate) writer: Writer,
     /// Where state changes run, so that a caller who leaves cannot stop one half way.
@@ -40,14 +39,17 @@ pub(crate) struct App {
     #[expect(dead_code, reason = "asked once users and memberships exist")]
     pub(crate) oidc: Verifier,
     pub(crate) limits: Limits,
-    /// Asks for a reconcile before the next one is due.
-    pub(crate) reconcile_soon: Notify,
 }
 
 impl App {
     /// The token the guest daemon of `sandbox` asks for, if it asks.
     pub(crate) fn token_of(&self, sandbox: &Sandbox) -> Option<Secret<String>> {
         sandbox.secure.then(|| self.tokens.envd_access_token(&sandbox.id))
+    }
+
+    /// The node `sandbox` runs on.
+    pub(crate) fn node_of(&self, sandbox: &Sandbox) -> &Member {
+        self.nodes.get(sandbox.node)
     }
 
     /// Makes `sandbox` reachable.

@@ -23,9 +23,10 @@ pub struct Config {
     pub oidc: Vec<OidcIssuer>,
     /// Requests taken of a team and from an address.
     pub rates: Rates,
-    /// How long [`crate::serve`] waits for the node to answer before it gives up.
+    /// How long [`crate::serve`] waits for the nodes to answer. It goes on without those that do
+    /// not, and gives up when none does.
     pub node_wait: Duration,
-    /// How often the live table is compared with the node when nothing else asks for it.
+    /// How often the live table is compared with each node when nothing else asks for it.
     pub reconcile_interval: Duration,
     /// How long open requests get to finish when the scope is cancelled.
     pub shutdown_grace: Duration,
@@ -48,8 +49,8 @@ impl Default for Config {
 
 /// What the control plane works with.
 pub struct Deps {
-    /// Unix socket of the node's RPC server.
-    pub node_socket: PathBuf,
+    /// Unix sockets of the nodes' RPC servers, at least one.
+    pub node_sockets: Vec<PathBuf>,
     /// Where routes of live sandboxes go.
     pub routes: Arc<dyn RouteSink>,
     /// The store. The caller closes it after [`crate::serve`] has returned.

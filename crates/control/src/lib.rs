@@ -1,8 +1,8 @@
 //! The control plane: the public REST API, teams and keys, and which sandbox runs where.
 //!
-//! One process-wide table of live sandboxes answers every request; it follows the node, which owns
-//! the truth. The store (SQLite or PostgreSQL) is written behind it and read at start, so that creating a
-//! sandbox waits for the node alone:
+//! One process-wide table of live sandboxes answers every request; it follows the nodes, which own
+//! the truth. The store (SQLite or PostgreSQL) is written behind it and read at start, so that
+//! creating a sandbox waits for its node alone:
 //!
 //! ```text
 //!  REST ──► lifecycle ──► node RPC
@@ -18,14 +18,17 @@
 mod api;
 mod app;
 mod config;
+mod creation;
 mod keys;
 mod lifecycle;
 mod live;
 mod node;
+mod nodes;
 #[cfg_attr(not(test), expect(dead_code, reason = "who signs in comes with users and memberships"))]
 mod oidc;
 mod outgoing;
 mod peer;
+mod placement;
 mod rates;
 mod reconcile;
 mod route;

@@ -1,110 +1,35 @@
 //! The table of live sandboxes: what every request is answered from.
 //!
-//! One mutex guards it, held for short synchronous sections only and never across a wait. The node
-//! owns the truth; this table follows it through answers, the watch stream and reconciles:
+//! One mutex guards it, held for short synchronous sections only and never across a wait. The nodes
+//! own the truth; this table follows them through answers, watch streams and reconciles, each
+//! sandbox through the phases of [`phase`]. Every team has an index of its own ([`index`]).
 //!
-//! ```text
-//!            reserve            commit              begin_end         remove
-//!  (nothing) ───────► starting ───────► visible ───────────► ending ────────► (nothing)
-//!                        │                 │  ▲    abort_end    │
-//!                        ▼ slot dropped    │  └─────────────────┘
-//!                     (nothing)            └── remove (the node said it ended) ──► (nothing)
-//! ```
-//!
-//! A sandbox whose end has passed is not visible any more, even before the node has said so.
+//! A sandbox whose end has passed is not visible any more, even before its node has said so.
 
-use std::collections::{BTreeMap, HashMap};
-use std::net::IpAddr;
+mod index;
+mod phase;
+mod sandbox;
+mod slot;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use belljar_domain::{BuildId, ExecutionId, MiB, SandboxId, TemplateId, UnixMillis, Vcpus};
+use belljar_domain::{ExecutionId, SandboxId, UnixMillis};
+use tokio::sync::{Semaphore, watch};
 
+use crate::nodes::NodeIx;
 use crate::team::TeamId;
+use index::TeamIndex;
+use phase::{Event, Next, Phase};
 
-/// One live sandbox.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Sandbox {
-    pub(crate) id: SandboxId,
-    pub(crate) execution: ExecutionId,
-    pub(crate) team: TeamId,
-    pub(crate) template: TemplateId,
-    pub(crate) build: BuildId,
-    pub(crate) alias: Option<String>,
-    pub(crate) metadata: BTreeMap<String, String>,
-    /// Whether its guest daemon asks for a token.
-    pub(crate) secure: bool,
-    pub(crate) allow_internet: bool,
-    pub(crate) started_at: UnixMillis,
-    pub(crate) end_at: UnixMillis,
-    pub(crate) ip: IpAddr,
-    pub(crate) vcpus: Vcpus,
-    pub(crate) memory: MiB,
-    pub(crate) disk: MiB,
-    pub(crate) envd_version: String,
-}
+pub(crate) use index::{Key, Order, Range};
+pub(crate) use sandbox::{Observed, Sandbox, Terms};
+pub(crate) use slot::{AtLimit, EndedEarly, Slot};
 
-/// What a node says of one sandbox it holds.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Observed {
-    pub(crate) id: SandboxId,
-    pub(crate) execution: ExecutionId,
-    pub(crate) template: TemplateId,
-    pub(crate) build: BuildId,
-    pub(crate) ip: IpAddr,
-    pub(crate) started_at: UnixMillis,
-    pub(crate) end_at: UnixMillis,
-    pub(crate) vcpus: Vcpus,
-    pub(crate) memory: MiB,
-    pub(crate) disk: MiB,
-    pub(crate) envd_version: String,
-}
-
-/// What a node does not know of a sandbox.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Terms {
-    pub(crate) team: TeamId,
-    pub(crate) alias: Option<String>,
-    pub(crate) metadata: BTreeMap<String, String>,
-    pub(crate) secure: bool,
-    pub(crate) allow_internet: bool,
-}
-
-impl Sandbox {
-    pub(crate) fn new(observed: Observed, terms: Terms) -> Sandbox {
-        Sandbox {
-            id: observed.id,
-            execution: observed.execution,
-            team: terms.team,
-            template: observed.template,
-            build: observed.build,
-            alias: terms.alias,
-            metadata: terms.metadata,
-            secure: terms.secure,
-            allow_internet: terms.allow_internet,
-            started_at: observed.started_at,
-            end_at: observed.end_at,
-            ip: observed.ip,
-            vcpus: observed.vcpus,
-            memory: observed.memory,
-            disk: observed.disk,
-            envd_version: observed.envd_version,
-        }
-    }
-}
-
-/// The team has as many sandboxes as it may.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("reserve a place for a sandbox: all {limit} are taken")]
-pub(crate) struct AtLimit {
-    pub(crate) limit: u32,
-}
-
-/// The node said the sandbox ended before its creation was through here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("start the sandbox: it ended at once")]
-pub(crate) struct EndedEarly;
-
-/// What was known when a reconcile began: the revision of each sandbox, `None` while starting.
+/// What was known of one node when a reconcile of it began: the revision of each of its sandboxes,
+/// `None` while starting.
 pub(crate) type Marks = HashMap<SandboxId, Option<u64>>;
 
 /// What a reconcile changed, and what it found that nobody here knows.
@@ -118,6 +43,17 @@ pub(crate) struct Difference {
     pub(crate) unknown: Vec<Observed>,
 }
 
+/// What stands under an id that a caller wants to end.
+#[derive(Debug)]
+pub(crate) enum Ending {
+    /// It is hidden now, and this caller ends it.
+    Mine(Arc<Sandbox>),
+    /// Its start is under way; the channel closes when that is over.
+    StillStarting(watch::Receiver<()>),
+    /// There is nothing the team may end.
+    Nothing,
+}
+
 /// See the module's own words.
 #[derive(Debug, Default)]
 pub(crate) struct Live {
@@ -127,22 +63,28 @@ pub(crate) struct Live {
 #[derive(Debug, Default)]
 struct Inner {
     starting: HashMap<SandboxId, Starting>,
-    running: HashMap<SandboxId, Entry>,
+    started: HashMap<SandboxId, Started>,
+    teams: HashMap<TeamId, TeamIndex>,
     /// Counts changes, so that a reconcile can tell whether its picture of a sandbox is stale.
     revision: u64,
 }
 
 #[derive(Debug)]
 struct Starting {
+    phase: Phase,
     team: TeamId,
-    ended: bool,
+    node: NodeIx,
+    /// Dropped when the start is over, which those who wait for it notice.
+    over: watch::Sender<()>,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct Started {
+    phase: Phase,
     sandbox: Arc<Sandbox>,
     revision: u64,
-    ending: bool,
+    /// One change of this sandbox at a time; made when the first one is.
+    turn: Option<Arc<Semaphore>>,
 }
 
 impl Inner {
@@ -150,41 +92,85 @@ impl Inner {
         self.revision += 1;
         self.revision
     }
-}
 
-impl Entry {
-    fn is_visible(&self, team: &TeamId, now: UnixMillis) -> bool {
-        !self.ending && self.sandbox.team == *team && self.sandbox.end_at > now
-    }
-}
-
-/// A place for a sandbox that is being created. Dropping it gives the place back.
-#[derive(Debug)]
-pub(crate) struct Slot {
-    live: Arc<Live>,
-    id: SandboxId,
-}
-
-impl Slot {
-    /// Makes the created sandbox visible.
-    ///
-    /// # Errors
-    /// [`EndedEarly`] when its end was seen before its start; nothing is added then.
-    pub(crate) fn commit(self, sandbox: Arc<Sandbox>) -> Result<(), EndedEarly> {
-        let mut inner = self.live.lock();
-        let ended = inner.starting.get(&self.id).is_some_and(|starting| starting.ended);
-        if ended {
-            return Err(EndedEarly);
+    fn team(&mut self, team: &TeamId) -> &mut TeamIndex {
+        if !self.teams.contains_key(team) {
+            self.teams.insert(team.clone(), TeamIndex::default());
         }
-        let revision = inner.next_revision();
-        inner.running.insert(sandbox.id.clone(), Entry { sandbox, revision, ending: false });
-        Ok(())
+        self.teams.get_mut(team).expect("it was just put there")
+    }
+
+    /// The index of `team`, if it has anything, as of `now`.
+    fn settled(&mut self, team: &TeamId, now: UnixMillis) -> Option<&TeamIndex> {
+        let index = self.teams.get_mut(team)?;
+        index.settle(now);
+        Some(index)
+    }
+
+    fn forget_team_if_empty(&mut self, team: &TeamId) {
+        if self.teams.get(team).is_some_and(TeamIndex::is_empty) {
+            self.teams.remove(team);
+        }
+    }
+
+    fn start(&mut self, sandbox: Arc<Sandbox>) {
+        let revision = self.next_revision();
+        self.team(&sandbox.team).insert(Arc::clone(&sandbox));
+        let started = Started { phase: Phase::Running, sandbox, revision, turn: None };
+        self.started.insert(started.sandbox.id.clone(), started);
+    }
+
+    /// Applies `event` to the run `execution` of `id`. `None` when it is not here or takes no such
+    /// event; the run otherwise.
+    fn apply(
+        &mut self,
+        id: &SandboxId,
+        execution: &ExecutionId,
+        event: Event,
+    ) -> Option<Arc<Sandbox>> {
+        let revision = self.next_revision();
+        let started = self.started.get_mut(id).filter(|s| s.sandbox.execution == *execution)?;
+        let next = phase::next(started.phase, event).ok()?;
+        let sandbox = Arc::clone(&started.sandbox);
+        let was_running = started.phase == Phase::Running;
+        match next {
+            Next::In(phase) => {
+                started.phase = phase;
+                started.revision = revision;
+            }
+            Next::Gone => {
+                self.started.remove(id);
+            }
+        }
+        match (was_running, next) {
+            (true, Next::In(Phase::Running)) => {}
+            (false, Next::In(Phase::Running)) => self.team(&sandbox.team).insert(sandbox.clone()),
+            (true, _) => self.team(&sandbox.team).remove(&sandbox),
+            (false, _) => {}
+        }
+        self.forget_team_if_empty(&sandbox.team);
+        Some(sandbox)
+    }
+
+    /// Gives the run of `id` another end.
+    fn move_end(&mut self, id: &SandboxId, end_at: UnixMillis) -> Option<Arc<Sandbox>> {
+        let revision = self.next_revision();
+        let started = self.started.get_mut(id)?;
+        let moved = Arc::new(Sandbox { end_at, ..(*started.sandbox).clone() });
+        let before = std::mem::replace(&mut started.sandbox, Arc::clone(&moved));
+        started.revision = revision;
+        if started.phase == Phase::Running {
+            let index = self.team(&moved.team);
+            index.remove(&before);
+            index.insert(Arc::clone(&moved));
+        }
+        Some(moved)
     }
 }
 
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.live.lock().starting.remove(&self.id);
+impl Started {
+    fn is_visible(&self, team: &TeamId, now: UnixMillis) -> bool {
+        self.phase == Phase::Running && self.sandbox.team == *team && self.sandbox.end_at > now
     }
 }
 
@@ -192,27 +178,6 @@ impl Live {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // Every section leaves the table whole before anything in it can panic.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes a place for `id` among the `limit` sandboxes `team` may have running or starting.
-    ///
-    /// # Errors
-    /// [`AtLimit`] when all places are taken.
-    pub(crate) fn reserve(
-        self: &Arc<Self>,
-        id: &SandboxId,
-        team: &TeamId,
-        limit: u32,
-        now: UnixMillis,
-    ) -> Result<Slot, AtLimit> {
-        let mut inner = self.lock();
-        let starting = inner.starting.values().filter(|s| s.team == *team).count();
-        let running = inner.running.values().filter(|e| e.is_visible(team, now)).count();
-        if starting + running >= usize::try_from(limit).unwrap_or(usize::MAX) {
-            return Err(AtLimit { limit });
-        }
-        inner.starting.insert(id.clone(), Starting { team: team.clone(), ended: false });
-        Ok(Slot { live: Arc::clone(self), id: id.clone() })
     }
 
     /// The sandbox `id`, if `team` may see it.
@@ -223,91 +188,130 @@ impl Live {
         now: UnixMillis,
     ) -> Option<Arc<Sandbox>> {
         let inner = self.lock();
-        let entry = inner.running.get(id).filter(|e| e.is_visible(team, now))?;
-        Some(Arc::clone(&entry.sandbox))
+        let started = inner.started.get(id).filter(|s| s.is_visible(team, now))?;
+        Some(Arc::clone(&started.sandbox))
     }
 
-    /// Every sandbox `team` may see, in no order.
-    pub(crate) fn list(&self, team: &TeamId, now: UnixMillis) -> Vec<Arc<Sandbox>> {
-        let inner = self.lock();
-        let visible = inner.running.values().filter(|e| e.is_visible(team, now));
-        visible.map(|e| Arc::clone(&e.sandbox)).collect()
+    /// Every sandbox of `team` in `range`, in its order. Costs what it answers.
+    pub(crate) fn list(&self, team: &TeamId, now: UnixMillis, range: &Range) -> Vec<Arc<Sandbox>> {
+        self.page(team, now, range, usize::MAX).0
     }
 
-    /// Moves the end of a run. Nothing happens when that run is not here.
-    pub(crate) fn move_end(&self, id: &SandboxId, execution: &ExecutionId, end_at: UnixMillis) {
+    /// The first `limit` sandboxes of `team` in `range`, and how many the team has in all. Costs
+    /// what it answers.
+    pub(crate) fn page(
+        &self,
+        team: &TeamId,
+        now: UnixMillis,
+        range: &Range,
+        limit: usize,
+    ) -> (Vec<Arc<Sandbox>>, usize) {
         let mut inner = self.lock();
-        let revision = inner.next_revision();
-        if let Some(entry) = inner.running.get_mut(id)
-            && entry.sandbox.execution == *execution
-        {
-            entry.sandbox = Arc::new(Sandbox { end_at, ..(*entry.sandbox).clone() });
-            entry.revision = revision;
-        }
+        let Some(index) = inner.settled(team, now) else { return (Vec::new(), 0) };
+        (index.range(range).take(limit).cloned().collect(), index.visible())
     }
 
-    /// Hides the sandbox `id` because its end has been asked for; only the first caller gets it.
-    pub(crate) fn begin_end(
+    /// What `team` has running and starting: what its limit counts.
+    #[cfg(test)]
+    pub(crate) fn count(&self, team: &TeamId, now: UnixMillis) -> usize {
+        self.lock().settled(team, now).map_or(0, |index| index.starting + index.visible())
+    }
+
+    /// Moves the end of a run, and answers what it then is. `None` when that run is not here.
+    pub(crate) fn move_end(
+        &self,
+        id: &SandboxId,
+        execution: &ExecutionId,
+        end_at: UnixMillis,
+    ) -> Option<Arc<Sandbox>> {
+        let mut inner = self.lock();
+        inner.started.get(id).filter(|s| s.sandbox.execution == *execution)?;
+        inner.move_end(id, end_at)
+    }
+
+    /// Whose turn it is to change the sandbox `id`: whoever holds the one permit. `None` when `team`
+    /// may not see it.
+    pub(crate) fn turn(
         &self,
         id: &SandboxId,
         team: &TeamId,
         now: UnixMillis,
-    ) -> Option<Arc<Sandbox>> {
+    ) -> Option<Arc<Semaphore>> {
         let mut inner = self.lock();
-        let revision = inner.next_revision();
-        let entry = inner.running.get_mut(id).filter(|e| e.is_visible(team, now))?;
-        entry.ending = true;
-        entry.revision = revision;
-        Some(Arc::clone(&entry.sandbox))
+        let started = inner.started.get_mut(id).filter(|s| s.is_visible(team, now))?;
+        let turn = started.turn.get_or_insert_with(|| Arc::new(Semaphore::new(1)));
+        Some(Arc::clone(turn))
+    }
+
+    /// Hides the sandbox `id` because its end has been asked for; only the first caller gets it.
+    pub(crate) fn begin_end(&self, id: &SandboxId, team: &TeamId, now: UnixMillis) -> Ending {
+        let mut inner = self.lock();
+        if let Some(starting) = inner.starting.get(id)
+            && starting.team == *team
+        {
+            return Ending::StillStarting(starting.over.subscribe());
+        }
+        let Some(started) = inner.started.get(id).filter(|s| s.is_visible(team, now)) else {
+            return Ending::Nothing;
+        };
+        let execution = started.sandbox.execution.clone();
+        inner.apply(id, &execution, Event::EndAsked).map_or(Ending::Nothing, Ending::Mine)
+    }
+
+    /// Hides a run that its node turned out not to have, until the node says why. True for the
+    /// first to find out.
+    pub(crate) fn hide_missing(&self, id: &SandboxId, execution: &ExecutionId) -> bool {
+        self.lock().apply(id, execution, Event::EndAsked).is_some()
     }
 
     /// Shows a sandbox again whose end could not be brought about.
     pub(crate) fn abort_end(&self, id: &SandboxId, execution: &ExecutionId) {
-        if let Some(entry) = self.lock().running.get_mut(id)
-            && entry.sandbox.execution == *execution
-        {
-            entry.ending = false;
-        }
+        // It may have ended meanwhile; then there is nothing to show.
+        let _ended = self.lock().apply(id, execution, Event::EndFailed).is_none();
     }
 
     /// Removes a run that has ended. `None` when it was not here, or is still starting.
     pub(crate) fn remove(&self, id: &SandboxId, execution: &ExecutionId) -> Option<Arc<Sandbox>> {
         let mut inner = self.lock();
-        if let Some(starting) = inner.starting.get_mut(id) {
-            starting.ended = true;
+        if let Some(starting) = inner.starting.get_mut(id)
+            && let Ok(Next::In(phase)) = phase::next(starting.phase, Event::EndHeard)
+        {
+            starting.phase = phase;
         }
-        if inner.running.get(id)?.sandbox.execution != *execution {
-            return None;
-        }
-        inner.running.remove(id).map(|entry| entry.sandbox)
+        inner.apply(id, execution, Event::EndHeard)
     }
 
-    /// What is known now. Take it before asking the node, so that what changes meanwhile is not
-    /// undone by an answer that is older.
-    pub(crate) fn marks(&self) -> Marks {
+    /// What is known now of `node`. Take it before asking the node, so that what changes meanwhile
+    /// is not undone by an answer that is older.
+    pub(crate) fn marks(&self, node: NodeIx) -> Marks {
         let inner = self.lock();
-        let running = inner.running.iter().map(|(id, e)| (id.clone(), Some(e.revision)));
-        let starting = inner.starting.keys().map(|id| (id.clone(), None));
-        starting.chain(running).collect()
+        let started = inner.started.iter().filter(|(_, s)| s.sandbox.node == node);
+        let started = started.map(|(id, s)| (id.clone(), Some(s.revision)));
+        let starting = inner.starting.iter().filter(|(_, s)| s.node == node);
+        starting.map(|(id, _)| (id.clone(), None)).chain(started).collect()
     }
 
-    /// Follows `seen`, everything the node holds, as asked for after `before` was taken.
-    pub(crate) fn observe(&self, before: &Marks, seen: Vec<Observed>) -> Difference {
+    /// Follows `seen`, everything `node` holds, as asked for after `before` was taken.
+    pub(crate) fn observe(&self, node: NodeIx, before: &Marks, seen: Vec<Observed>) -> Difference {
         let mut difference = Difference::default();
         let mut inner = self.lock();
         let on_node: HashMap<&SandboxId, &Observed> = seen.iter().map(|o| (&o.id, o)).collect();
-        inner.running.retain(|id, entry| {
-            let known_before = before.get(id).is_some_and(|&mark| mark == Some(entry.revision));
-            let held = on_node.get(id).is_some_and(|o| o.execution == entry.sandbox.execution);
-            let stays = held || !known_before;
-            if !stays {
-                difference.gone.push(Arc::clone(&entry.sandbox));
-            }
-            stays
-        });
+        let is_gone = |id: &SandboxId, started: &Started| {
+            let known_before = before.get(id).is_some_and(|&mark| mark == Some(started.revision));
+            let held = on_node.get(id).is_some_and(|o| o.execution == started.sandbox.execution);
+            started.sandbox.node == node && known_before && !held
+        };
+        let gone: Vec<_> = inner
+            .started
+            .iter()
+            .filter(|(id, started)| is_gone(id, started))
+            .map(|(id, started)| (id.clone(), started.sandbox.execution.clone()))
+            .collect();
+        for (id, execution) in gone {
+            difference.gone.extend(inner.apply(&id, &execution, Event::EndHeard));
+        }
         for observed in seen {
-            let revision = inner.next_revision();
-            let Some(entry) = inner.running.get_mut(&observed.id) else {
+            let Some(started) = inner.started.get(&observed.id) else {
                 // Known when the node was asked, and not here now: it has ended in between.
                 let starting = inner.starting.contains_key(&observed.id);
                 if !starting && !before.contains_key(&observed.id) {
@@ -315,13 +319,15 @@ impl Live {
                 }
                 continue;
             };
-            let stale = before.get(&observed.id) != Some(&Some(entry.revision));
+            if started.sandbox.node != node {
+                // Another node has it under this id; this one's is nobody's.
+                difference.unknown.push(observed);
+                continue;
+            }
+            let stale = before.get(&observed.id) != Some(&Some(started.revision));
             // Only the end of a run can change; its address and size stay.
-            if !stale && entry.sandbox.end_at != observed.end_at {
-                let end_at = observed.end_at;
-                entry.sandbox = Arc::new(Sandbox { end_at, ..(*entry.sandbox).clone() });
-                entry.revision = revision;
-                difference.moved.push(Arc::clone(&entry.sandbox));
+            if !stale && started.sandbox.end_at != observed.end_at {
+                difference.moved.extend(inner.move_end(&observed.id, observed.end_at));
             }
         }
         difference
@@ -330,148 +336,21 @@ impl Live {
     /// Adds a sandbox of an earlier life of this process. False when its id is known already.
     pub(crate) fn adopt(&self, sandbox: Arc<Sandbox>) -> bool {
         let mut inner = self.lock();
-        let id = sandbox.id.clone();
-        if inner.running.contains_key(&id) || inner.starting.contains_key(&id) {
+        if inner.started.contains_key(&sandbox.id) || inner.starting.contains_key(&sandbox.id) {
             return false;
         }
-        let revision = inner.next_revision();
-        inner.running.insert(id, Entry { sandbox, revision, ending: false });
+        inner.start(sandbox);
         true
+    }
+
+    /// Whether `id` is in the table, whoever owns it and however far it is.
+    pub(crate) fn contains(&self, id: &SandboxId) -> bool {
+        let inner = self.lock();
+        inner.started.contains_key(id) || inner.starting.contains_key(id)
     }
 
     /// Every run in the table, whoever owns it, those on their way out included.
     pub(crate) fn all(&self) -> Vec<Arc<Sandbox>> {
-        self.lock().running.values().map(|e| Arc::clone(&e.sandbox)).collect()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::net::Ipv4Addr;
-
-    const NOW: UnixMillis = UnixMillis(1_000);
-    const LATER: UnixMillis = UnixMillis(2_000);
-
-    fn sandbox(team: &TeamId) -> Arc<Sandbox> {
-        Arc::new(Sandbox {
-            id: SandboxId::random(),
-            execution: ExecutionId::random(),
-            team: team.clone(),
-            template: TemplateId::random(),
-            build: BuildId::random(),
-            alias: None,
-            metadata: BTreeMap::new(),
-            secure: true,
-            allow_internet: true,
-            started_at: NOW,
-            end_at: LATER,
-            ip: Ipv4Addr::LOCALHOST.into(),
-            vcpus: Vcpus(2),
-            memory: MiB(512),
-            disk: MiB(512),
-            envd_version: "0.6.13".to_owned(),
-        })
-    }
-
-    fn observed(s: &Sandbox) -> Observed {
-        Observed {
-            id: s.id.clone(),
-            execution: s.execution.clone(),
-            template: s.template.clone(),
-            build: s.build.clone(),
-            ip: s.ip,
-            started_at: s.started_at,
-            end_at: s.end_at,
-            vcpus: s.vcpus,
-            memory: s.memory,
-            disk: s.disk,
-            envd_version: s.envd_version.clone(),
-        }
-    }
-
-    fn add(live: &Arc<Live>, team: &TeamId) -> Arc<Sandbox> {
-        let s = sandbox(team);
-        let slot = live.reserve(&s.id, team, 10, NOW).expect("a free place");
-        slot.commit(Arc::clone(&s)).expect("it did not end");
-        s
-    }
-
-    #[test]
-    fn the_limit_counts_running_and_starting_and_frees_places() {
-        let (live, team) = (Arc::new(Live::default()), TeamId::random());
-        let s = add(&live, &team);
-        let slot = live.reserve(&SandboxId::random(), &team, 2, NOW).expect("the second place");
-        let full = live.reserve(&SandboxId::random(), &team, 2, NOW).expect_err("no third place");
-        assert_eq!(full, AtLimit { limit: 2 });
-        live.reserve(&SandboxId::random(), &TeamId::random(), 2, NOW).expect("another team");
-        drop(slot);
-        drop(live.reserve(&SandboxId::random(), &team, 2, NOW).expect("given back"));
-        live.remove(&s.id, &s.execution).expect("it was there");
-        drop(live.reserve(&SandboxId::random(), &team, 1, NOW).expect("the last one is gone"));
-    }
-
-    #[test]
-    fn others_and_the_late_see_nothing() {
-        let (live, team) = (Arc::new(Live::default()), TeamId::random());
-        let s = add(&live, &team);
-        assert!(live.find(&s.id, &team, NOW).is_some());
-        assert!(live.find(&s.id, &TeamId::random(), NOW).is_none());
-        assert!(live.find(&s.id, &team, LATER).is_none());
-        assert!(live.list(&team, LATER).is_empty());
-    }
-
-    #[test]
-    fn one_caller_ends_a_sandbox() {
-        let (live, team) = (Arc::new(Live::default()), TeamId::random());
-        let s = add(&live, &team);
-        assert!(live.begin_end(&s.id, &team, NOW).is_some());
-        assert!(live.begin_end(&s.id, &team, NOW).is_none());
-        live.abort_end(&s.id, &s.execution);
-        assert!(live.find(&s.id, &team, NOW).is_some());
-    }
-
-    #[test]
-    fn an_end_seen_before_the_start_wins() {
-        let (live, team) = (Arc::new(Live::default()), TeamId::random());
-        let s = sandbox(&team);
-        let slot = live.reserve(&s.id, &team, 1, NOW).expect("a free place");
-        assert!(live.remove(&s.id, &s.execution).is_none());
-        assert_eq!(slot.commit(Arc::clone(&s)), Err(EndedEarly));
-        assert!(live.marks().is_empty());
-    }
-
-    #[test]
-    fn a_reconcile_follows_the_node() {
-        let (live, team) = (Arc::new(Live::default()), TeamId::random());
-        let (kept, lost, stranger) = (add(&live, &team), add(&live, &team), sandbox(&team));
-        let before = live.marks();
-        let mut moved = observed(&kept);
-        moved.end_at = UnixMillis(9_000);
-        let difference = live.observe(&before, vec![moved, observed(&stranger)]);
-        assert_eq!(difference.gone, [lost]);
-        assert_eq!(difference.moved.len(), 1);
-        assert_eq!(difference.unknown, [observed(&stranger)]);
-        assert_eq!(live.find(&kept.id, &team, NOW).expect("kept").end_at, UnixMillis(9_000));
-    }
-
-    #[test]
-    fn a_stale_answer_undoes_nothing() {
-        let (live, team) = (Arc::new(Live::default()), TeamId::random());
-        let (moved, ended) = (add(&live, &team), add(&live, &team));
-        let starting = sandbox(&team);
-        let slot = live.reserve(&starting.id, &team, 10, NOW).expect("a free place");
-        let before = live.marks();
-        let answer = vec![observed(&moved), observed(&ended), observed(&starting)];
-        let born = add(&live, &team);
-        live.move_end(&moved.id, &moved.execution, UnixMillis(9_000));
-        live.remove(&ended.id, &ended.execution).expect("it was there");
-        let difference = live.observe(&before, answer);
-        assert!(difference.gone.is_empty(), "{difference:?}");
-        assert!(difference.moved.is_empty(), "{difference:?}");
-        assert!(difference.unknown.is_empty(), "{difference:?}");
-        assert!(live.find(&born.id, &team, NOW).is_some());
-        assert_eq!(live.find(&moved.id, &team, NOW).expect("kept").end_at, UnixMillis(9_000));
-        slot.commit(starting).expect("it did not end");
+        self.lock().started.values().map(|s| Arc::clone(&s.sandbox)).collect()
     }
 }

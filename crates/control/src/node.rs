@@ -11,9 +11,9 @@ use belljar_domain::{
 };
 use belljar_wire::rest::LogLevel;
 use belljar_wire::rpc::belljar::node::v1::{
-    CreateSandboxRequest, KillSandboxRequest, ListSandboxesRequest, ListTemplatesRequest,
-    NodeServiceClient, SandboxInfo, SandboxLogsRequest, SetSandboxEndRequest, TemplateInfo,
-    WatchSandboxesRequest, WatchSandboxesResponse,
+    CreateSandboxRequest, DescribeRequest, KillSandboxRequest, ListSandboxesRequest,
+    ListTemplatesRequest, NodeServiceClient, SandboxInfo, SandboxLogsRequest, SetSandboxEndRequest,
+    TemplateInfo, WatchSandboxesRequest, WatchSandboxesResponse,
 };
 use connectrpc::client::{
     CallOptions, ClientConfig, Http2Connection, ServerStream, SharedHttp2Connection,
@@ -24,10 +24,9 @@ use hyper::body::Incoming;
 use tracing::warn;
 
 use crate::live::Observed;
+use crate::placement::Taken;
 use crate::templates::Template;
 
-/// A cold start on a busy host takes seconds; the SDKs give up after 60.
-const CREATE_DEADLINE: Duration = Duration::from_secs(60);
 /// A kill answers once nothing is left of the sandbox.
 const KILL_DEADLINE: Duration = Duration::from_secs(30);
 /// Everything else only reads or writes memory of the node.
@@ -84,8 +83,18 @@ pub(crate) struct Start<'a> {
     pub(crate) build: &'a BuildId,
     pub(crate) end_at: UnixMillis,
     pub(crate) envd_access_token: Option<&'a Secret<String>>,
-    pub(crate) env_vars: BTreeMap<String, String>,
+    pub(crate) env_vars: &'a BTreeMap<String, String>,
     pub(crate) allow_internet: bool,
+}
+
+/// What a node says of itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Description {
+    pub(crate) takes_sandboxes: bool,
+    /// What its sandboxes take, starting ones included.
+    pub(crate) taken: Taken,
+    /// What they may take together; 0 is unknown.
+    pub(crate) capacity: Taken,
 }
 
 /// Which lines of a sandbox's log are wanted.
@@ -140,8 +149,12 @@ impl Node {
         Node { client: NodeServiceClient::new(connection, ClientConfig::new(authority).proto()) }
     }
 
-    /// Starts a sandbox and waits until its guest is ready.
-    pub(crate) async fn create(&self, start: Start<'_>) -> Result<Observed, NodeCallError> {
+    /// Starts a sandbox and waits until its guest is ready, `time` at most.
+    pub(crate) async fn create(
+        &self,
+        start: Start<'_>,
+        time: Duration,
+    ) -> Result<Observed, NodeCallError> {
         const WHAT: &str = "create a sandbox";
         let request = CreateSandboxRequest {
             sandbox_id: start.id.to_string(),
@@ -152,18 +165,27 @@ impl Node {
             envd_access_token: start
                 .envd_access_token
                 .map_or_else(String::new, |token| token.expose().clone()),
-            env_vars: start.env_vars.into_iter().collect(),
+            env_vars: start.env_vars.iter().map(|(k, v)| (k.clone(), v.clone())).collect(),
             allow_internet_access: start.allow_internet,
             ..Default::default()
         };
         let answer = self
             .client
-            .create_sandbox_with_options(request, within(CREATE_DEADLINE))
+            .create_sandbox_with_options(request, within(time))
             .await
             .map_err(|source| NodeCallError { what: WHAT, source })?
             .into_owned();
         let info = answer.sandbox.into_option().unwrap_or_default();
         observed(&info).map_err(|reason| malformed(WHAT, &reason))
+    }
+
+    /// What the node says of itself.
+    pub(crate) async fn describe(&self) -> Result<Description, NodeCallError> {
+        self.client
+            .describe_with_options(DescribeRequest::default(), within(CALL_DEADLINE))
+            .await
+            .map_err(|source| NodeCallError { what: "describe the node", source })?;
+        Ok(Description { takes_sandboxes: true, ..Description::default() })
     }
 
     /// Everything the node holds. A sandbox this process cannot read is left out, with a warning.

@@ -1,12 +1,17 @@
-//! Following the node: ends as they happen, and the whole picture whenever one may be missed.
+//! Following the nodes: ends as they happen, and the whole picture whenever one may be missed. Each
+//! node is followed by a task of its own, and none waits for another.
 //!
-//! A reconcile takes no input, may run at any time and any number of times, and makes the live
-//! table, the routes and the store agree with what the node holds:
+//! A reconcile of a node takes no input, may run at any time and any number of times, and makes the
+//! live table, the routes and the store agree with what the node holds:
 //!
 //! - here, not on the node: it has ended, reason `lost` (or `expired` when its time was up);
 //! - on the node, not here, known to the store as running: adopted, with its metadata;
 //! - on the node, known to nobody: killed;
 //! - the store differs from the table: written again.
+//!
+//! A sandbox of a node that is away stays in the table until the node says otherwise. The store
+//! does not know where a sandbox ran, so a row that no node holds is ended once every node has
+//! answered since this process started.
 
 use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
@@ -20,14 +25,17 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{debug, info, warn};
 
 use crate::app::App;
-use crate::lifecycle::forget;
+use crate::lifecycle::{forget, gone};
 use crate::live::{Marks, Observed, Sandbox};
 use crate::node::{Ended, NodeCallError, Watch};
+use crate::nodes::{Contact, Member, NodeIx};
 use crate::store::{RunRow, StoreError};
 use crate::writer::Change;
 
 const FIRST_RETRY: Duration = Duration::from_millis(50);
 const MAX_RETRY: Duration = Duration::from_secs(5);
+/// How often a node is asked how busy it is.
+const LOAD_INTERVAL: Duration = Duration::from_secs(5);
 /// Strangers killed at the same time.
 const KILLS_AT_ONCE: usize = 8;
 
@@ -40,50 +48,67 @@ pub(crate) enum ReconcileError {
     Store(#[from] StoreError),
 }
 
-/// Connects to the node and brings everything up to date; tries again until `deadline`.
-pub(crate) async fn attach(app: &App, deadline: Option<Instant>) -> Result<Watch, ReconcileError> {
+/// Connects to a node and brings everything up to date; tries again until `deadline`.
+pub(crate) async fn attach(
+    app: &App,
+    node: &Member,
+    deadline: Option<Instant>,
+) -> Result<Watch, ReconcileError> {
     let mut wait = FIRST_RETRY;
     loop {
-        let error = match attach_once(app).await {
+        let error = match attach_once(app, node).await {
             Ok(watch) => return Ok(watch),
             Err(e) => e,
         };
         if deadline.is_some_and(|deadline| Instant::now() + wait > deadline) {
             return Err(error);
         }
-        debug!(error = %error, "the node does not answer yet");
+        debug!(node = %node.socket.display(), error = %error, "the node does not answer yet");
         tokio::time::sleep(wait).await;
         wait = (wait * 2).min(MAX_RETRY);
     }
 }
 
-async fn attach_once(app: &App) -> Result<Watch, ReconcileError> {
+async fn attach_once(app: &App, node: &Member) -> Result<Watch, ReconcileError> {
     // Watching comes first, so that no end falls between the picture and the stream.
-    let watch = app.node.watch().await?;
-    reconcile(app).await?;
+    let watch = node.rpc.watch().await?;
+    reconcile(app, node).await?;
+    node.is_back();
     Ok(watch)
 }
 
-/// Follows the node from an open watch on, until dropped.
-pub(crate) async fn follow(app: Arc<App>, mut watch: Watch) -> Result<(), Infallible> {
+/// Follows a node, from an open watch on if there is one, until dropped.
+pub(crate) async fn follow(
+    app: Arc<App>,
+    ix: NodeIx,
+    attached: Option<Watch>,
+) -> Result<(), Infallible> {
+    let node = app.nodes.get(ix);
+    let mut attached = attached;
     loop {
-        let lost = follow_stream(&app, watch).await;
-        warn!(error = %lost, reason = lost.message(), "lost the node; connecting again");
-        watch = loop {
-            if let Ok(watch) = attach(&app, None).await {
-                break watch;
+        let watch = match attached.take() {
+            Some(watch) => watch,
+            None => {
+                let Ok(watch) = attach(&app, node, None).await else { continue };
+                info!(node = %node.socket.display(), "the node is back");
+                watch
             }
         };
-        info!("the node is back");
+        let lost = follow_stream(&app, node, watch).await;
+        node.is_lost();
+        warn!(
+            node = %node.socket.display(),
+            error = %lost,
+            reason = lost.message(),
+            "lost the node; connecting again"
+        );
     }
 }
 
-/// Applies ends until the stream breaks; reconciles now and then.
-async fn follow_stream(app: &App, watch: Watch) -> NodeCallError {
+/// Applies ends until the stream breaks; reconciles, and asks how busy the node is, now and then.
+async fn follow_stream(app: &App, node: &Member, watch: Watch) -> NodeCallError {
     let mut ends = Box::pin(ends(watch));
-    let mut due = tokio::time::interval(app.config.reconcile_interval);
-    due.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    due.reset();
+    let (mut due, mut load_due) = (every(app.config.reconcile_interval), every(LOAD_INTERVAL));
     loop {
         tokio::select! {
             end = ends.next() => {
@@ -96,13 +121,28 @@ async fn follow_stream(app: &App, watch: Watch) -> NodeCallError {
                     Err(lost) => return lost,
                 }
             }
+            _ = load_due.tick() => {
+                match node.rpc.describe().await {
+                    Ok(description) => node.describe(description),
+                    Err(e) => debug!(error = %e, "the node did not say how busy it is"),
+                }
+                continue;
+            }
             _ = due.tick() => {}
-            () = app.reconcile_soon.notified() => {}
+            () = node.reconcile_soon.notified() => {}
         }
-        if let Err(e) = reconcile(app).await {
+        if let Err(e) = reconcile(app, node).await {
             debug!(error = %e, "reconcile failed; it runs again");
         }
     }
+}
+
+/// Ticks that begin one `period` from now.
+fn every(period: Duration) -> tokio::time::Interval {
+    let mut ticks = tokio::time::interval(period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks.reset();
+    ticks
 }
 
 /// A watch as a stream, because waiting for its next item may be given up without losing one.
@@ -110,23 +150,21 @@ fn ends(watch: Watch) -> impl Stream<Item = Result<Ended, NodeCallError>> {
     futures::stream::unfold(watch, |mut watch| async move { Some((watch.next().await, watch)) })
 }
 
-/// Makes this process and its store agree with the node. See the module's own words.
-async fn reconcile(app: &App) -> Result<(), ReconcileError> {
+/// Makes this process and its store agree with a node. See the module's own words.
+async fn reconcile(app: &App, node: &Member) -> Result<(), ReconcileError> {
     // The order matters: what is known must be older than the node's answer (see `Live::observe`).
-    let before = app.live.marks();
+    let before = app.live.marks(node.ix);
     let rows = app.store.running().await?;
-    let seen = app.node.list().await?;
-    app.templates.replace(app.node.templates().await?);
+    let seen = node.rpc.list().await?;
+    app.templates.replace(node.ix, node.rpc.templates().await?);
+    node.describe(node.rpc.describe().await?);
 
     let on_node: HashSet<ExecutionId> = seen.iter().map(|o| o.execution.clone()).collect();
-    let difference = app.live.observe(&before, seen);
+    let difference = app.live.observe(node.ix, &before, seen);
     let now = clock::now();
     for sandbox in &difference.gone {
         info!(sandbox = %sandbox.id, "a sandbox is gone from its node");
-        app.routes.withdraw(&sandbox.id);
-        let reason = end_reason(sandbox.end_at, now);
-        let execution = sandbox.execution.clone();
-        app.writer.push(Change::Ended { execution, at: now, reason });
+        gone(app, sandbox, end_reason(sandbox.end_at, now));
     }
     for sandbox in &difference.moved {
         let (execution, end_at) = (sandbox.execution.clone(), sandbox.end_at);
@@ -134,9 +172,12 @@ async fn reconcile(app: &App) -> Result<(), ReconcileError> {
     }
     let rows: HashMap<ExecutionId, RunRow> =
         rows.into_iter().map(|row| (row.execution.clone(), row)).collect();
-    let strangers = adopt(app, difference.unknown, &rows);
-    write_what_is_missing(app, &before, &rows, &on_node, now);
-    kill_strangers(app, strangers).await;
+    let strangers = adopt(app, node, difference.unknown, &rows);
+    write_what_is_missing(app, node, &before, &rows);
+    if others_have_answered(app, node) {
+        end_what_no_node_holds(app, &rows, &on_node, now);
+    }
+    kill_strangers(node, strangers).await;
     Ok(())
 }
 
@@ -145,12 +186,17 @@ fn end_reason(end_at: UnixMillis, now: UnixMillis) -> &'static str {
 }
 
 /// Takes over sandboxes the store knows as running; returns the others.
-fn adopt(app: &App, unknown: Vec<Observed>, rows: &HashMap<ExecutionId, RunRow>) -> Vec<Observed> {
+fn adopt(
+    app: &App,
+    node: &Member,
+    unknown: Vec<Observed>,
+    rows: &HashMap<ExecutionId, RunRow>,
+) -> Vec<Observed> {
     let mut strangers = Vec::new();
     for observed in unknown {
         match rows.get(&observed.execution) {
-            Some(row) if row.id == observed.id => {
-                let sandbox = Arc::new(Sandbox::new(observed, row.terms.clone()));
+            Some(row) if row.id == observed.id && !app.live.contains(&observed.id) => {
+                let sandbox = Arc::new(Sandbox::new(node.ix, observed, row.terms.clone()));
                 app.publish(&sandbox);
                 app.live.adopt(sandbox);
             }
@@ -160,16 +206,15 @@ fn adopt(app: &App, unknown: Vec<Observed>, rows: &HashMap<ExecutionId, RunRow>)
     strangers
 }
 
-/// Writes again what the store does not have right, whyever it was not written.
+/// Writes again what the store does not have right of a node's sandboxes, whyever it was not
+/// written.
 fn write_what_is_missing(
     app: &App,
+    node: &Member,
     before: &Marks,
     rows: &HashMap<ExecutionId, RunRow>,
-    on_node: &HashSet<ExecutionId>,
-    now: UnixMillis,
 ) {
-    let live = app.live.all();
-    for sandbox in &live {
+    for sandbox in app.live.all().iter().filter(|sandbox| sandbox.node == node.ix) {
         match rows.get(&sandbox.execution) {
             Some(row) if row.end_at != sandbox.end_at => {
                 let (execution, end_at) = (sandbox.execution.clone(), sandbox.end_at);
@@ -181,6 +226,21 @@ fn write_what_is_missing(
             _ => {}
         }
     }
+}
+
+fn others_have_answered(app: &App, node: &Member) -> bool {
+    let mut others = app.nodes.iter().filter(|other| other.ix != node.ix);
+    others.all(|other| other.contact() != Contact::Never)
+}
+
+/// Ends rows that neither a node nor the table holds.
+fn end_what_no_node_holds(
+    app: &App,
+    rows: &HashMap<ExecutionId, RunRow>,
+    on_node: &HashSet<ExecutionId>,
+    now: UnixMillis,
+) {
+    let live = app.live.all();
     let live: HashSet<&ExecutionId> = live.iter().map(|sandbox| &sandbox.execution).collect();
     for row in rows.values() {
         if !on_node.contains(&row.execution) && !live.contains(&row.execution) {
@@ -191,11 +251,11 @@ fn write_what_is_missing(
     }
 }
 
-async fn kill_strangers(app: &App, strangers: Vec<Observed>) {
+async fn kill_strangers(node: &Member, strangers: Vec<Observed>) {
     let kills = futures::stream::iter(strangers).for_each_concurrent(
         KILLS_AT_ONCE,
         |stranger| async move {
-            match app.node.kill(&stranger.id).await {
+            match node.rpc.kill(&stranger.id).await {
                 Ok(()) => info!(sandbox = %stranger.id, "killed a sandbox nobody knows"),
                 Err(e) if e.kind() == Kind::NotFound => {}
                 Err(e) => warn!(

@@ -13,6 +13,8 @@ use std::time::Duration;
 use axum::body::Body;
 use belljar_daemon::drain::Drained;
 use belljar_daemon::{OnError, Scope};
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
 use http::Request;
 use hyper::body::Incoming;
 use hyper::rt::Executor;
@@ -28,7 +30,8 @@ use tracing::{debug, info, warn};
 use crate::api;
 use crate::app::{App, KeyMemory};
 use crate::config::{Config, Deps};
-use crate::node::{Node, NodeCallError};
+use crate::node::{NodeCallError, Watch};
+use crate::nodes::Nodes;
 use crate::oidc::Verifier;
 use crate::peer::Peer;
 use crate::rates::Limits;
@@ -51,6 +54,9 @@ const H2_STREAMS: u32 = 250;
 /// Wait after the listener failed, so that a lack of file descriptors is no busy loop.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
+/// How much longer than the first node the others get to answer before requests are taken.
+const OTHERS_TIME: Duration = Duration::from_secs(5);
+
 /// The control plane could not start.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -61,10 +67,13 @@ pub enum ServeError {
     /// No HTTP client can be made.
     #[error("start the control plane with its HTTP client")]
     Client(#[from] rustls::Error),
-    /// The node did not answer in time.
+    /// It was given no node to work with.
+    #[error("start the control plane: the list of nodes is empty")]
+    NoNodes,
+    /// No node answered in time.
     #[error("start the control plane: no answer from the node at {socket} in {wait_ms} ms")]
     Node {
-        /// Where the node was expected.
+        /// Where the first node was expected.
         socket: String,
         /// How long it was waited for.
         wait_ms: u128,
@@ -81,8 +90,7 @@ pub enum ServeError {
 /// instead of dropping the future.
 ///
 /// # Errors
-/// [`ServeError`] when the store fails at start or the node does not answer within
-/// `config.node_wait`.
+/// [`ServeError`] when the store fails at start or no node answers within `config.node_wait`.
 pub async fn serve(
     config: Config,
     deps: Deps,
@@ -90,13 +98,12 @@ pub async fn serve(
     scope: Scope,
 ) -> Result<(), ServeError> {
     let grace = config.shutdown_grace;
-    let wait = config.node_wait;
     // The writer's scope is nobody's child: it ends when the last thing to remember is written.
     let writing = Scope::root("control writer");
     let requests = scope.child("control");
     let app = Arc::new(App {
         live: Arc::default(),
-        node: Node::at(&deps.node_socket),
+        nodes: Nodes::at(deps.node_sockets),
         templates: Templates::default(),
         writer: Writer::start(deps.store.clone(), &writing),
         scope: requests.clone(),
@@ -105,25 +112,21 @@ pub async fn serve(
         keys: KeyMemory::default(),
         limits: Limits::new(config.rates),
         oidc: Verifier::new(&config.oidc, &requests)?,
-        reconcile_soon: tokio::sync::Notify::new(),
         store: deps.store,
         config,
     });
     let outcome = tokio::select! {
         () = scope.cancelled() => Ok(()),
-        attached = reconcile::attach(&app, Some(Instant::now() + wait)) => match attached {
-            Ok(watch) => {
-                let follow = reconcile::follow(Arc::clone(&app), watch);
-                requests.spawn("follow node", OnError::FailScope, follow);
+        attached = attach_all(&app) => match attached {
+            Ok(watches) => {
+                for (node, watch) in app.nodes.iter().zip(watches) {
+                    let follow = reconcile::follow(Arc::clone(&app), node.ix, watch);
+                    requests.spawn("follow node", OnError::FailScope, follow);
+                }
                 accept(&app, &listener).await;
                 Ok(())
             }
-            Err(ReconcileError::Store(e)) => Err(e.into()),
-            Err(ReconcileError::Node(source)) => Err(ServeError::Node {
-                socket: deps.node_socket.display().to_string(),
-                wait_ms: wait.as_millis(),
-                source,
-            }),
+            Err(e) => Err(e),
         },
     };
     drop(listener);
@@ -131,6 +134,56 @@ pub async fn serve(
     drop(app);
     writing.close(grace).await;
     outcome
+}
+
+/// Attaches to every node, side by side. Once one has answered the others get a little longer;
+/// those that do not answer have no watch yet.
+///
+/// # Errors
+/// [`ServeError`] when none answers within `config.node_wait`.
+async fn attach_all(app: &App) -> Result<Vec<Option<Watch>>, ServeError> {
+    let wait = app.config.node_wait;
+    let give_up = Instant::now() + wait;
+    let attach =
+        async |place: usize, node| (place, reconcile::attach(app, node, Some(give_up)).await);
+    let mut attaching: FuturesUnordered<_> =
+        app.nodes.iter().enumerate().map(|(place, node)| attach(place, node)).collect();
+    let mut watches: Vec<Option<Watch>> = app.nodes.iter().map(|_| None).collect();
+    let (mut deadline, mut error) = (None, None);
+    loop {
+        let late = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
+        };
+        let attached = tokio::select! {
+            attached = attaching.next() => attached,
+            () = late => None,
+        };
+        match attached {
+            Some((place, Ok(watch))) => {
+                watches[place] = Some(watch);
+                deadline.get_or_insert_with(|| give_up.min(Instant::now() + OTHERS_TIME));
+            }
+            Some((_, Err(e))) => error = Some(e),
+            None => break,
+        }
+    }
+    match error {
+        _ if watches.iter().any(Option::is_some) => Ok(watches),
+        Some(ReconcileError::Store(e)) => Err(e.into()),
+        Some(ReconcileError::Node(source)) => Err(ServeError::Node {
+            socket: app
+                .nodes
+                .iter()
+                .next()
+                .map_or_else(String::new, |node| node.socket.display().to_string()),
+            wait_ms: wait.as_millis(),
+            source,
+        }),
+        None => Err(ServeError::NoNodes),
+    }
 }
 
 async fn accept(app: &Arc<App>, listener: &TcpListener) {

@@ -1,14 +1,18 @@
 //! Which templates there are, and what a reference like `[namespace/]name[:tag]` means.
 //!
-//! Source of the grammar: contract section 1.3. The node has the templates; all of them belong to
-//! the server, are open to every team, and have the one tag `default`.
+//! Source of the grammar: contract section 1.3. The nodes have the templates; all of them belong to
+//! the server, are open to every team, and have the one tag `default`. Where nodes hold different
+//! builds of one template, the newest one counts, and only nodes that hold it can start it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use belljar_domain::{BuildId, Kind, MiB, TemplateId, UnixMillis, Vcpus};
 
+use crate::nodes::NodeIx;
+use crate::placement::Need;
 use crate::team::Team;
 
 const DEFAULT_TAG: &str = "default";
@@ -27,6 +31,13 @@ pub(crate) struct Template {
     pub(crate) disk: MiB,
     pub(crate) envd_version: String,
     pub(crate) created_at: UnixMillis,
+}
+
+impl Template {
+    /// What a sandbox made from it takes of its node.
+    pub(crate) fn need(&self) -> Need {
+        Need { vcpus: self.vcpus, memory: self.memory, disk: self.disk }
+    }
 }
 
 /// A parsed reference.
@@ -119,21 +130,40 @@ impl fmt::Display for Reference {
     }
 }
 
-/// The templates as last seen on the node. The lock is held to clone one pointer only.
+/// A template and where it can be started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Placed {
+    pub(crate) template: Template,
+    /// The nodes that hold this build.
+    pub(crate) nodes: Vec<NodeIx>,
+}
+
+/// The templates as last seen on the nodes. The lock is held to clone one pointer only, or to put
+/// what one node said beside what the others have.
 #[derive(Debug, Default)]
 pub(crate) struct Templates {
-    all: RwLock<Arc<Vec<Template>>>,
+    seen: RwLock<Seen>,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    by_node: BTreeMap<NodeIx, Vec<Template>>,
+    all: Arc<Vec<Placed>>,
 }
 
 impl Templates {
-    /// Every template, in the node's order.
-    pub(crate) fn all(&self) -> Arc<Vec<Template>> {
-        Arc::clone(&self.all.read().unwrap_or_else(PoisonError::into_inner))
+    /// Every template once, in the nodes' order.
+    pub(crate) fn all(&self) -> Arc<Vec<Placed>> {
+        Arc::clone(&self.seen.read().unwrap_or_else(PoisonError::into_inner).all)
     }
 
-    /// Makes `templates` what there is.
-    pub(crate) fn replace(&self, templates: Vec<Template>) {
-        *self.all.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(templates);
+    /// Makes `templates` what `node` has. What a node that is away had stays known.
+    pub(crate) fn replace(&self, node: NodeIx, templates: Vec<Template>) {
+        let mut seen = self.seen.write().unwrap_or_else(PoisonError::into_inner);
+        if seen.by_node.get(&node) != Some(&templates) {
+            seen.by_node.insert(node, templates);
+            seen.all = Arc::new(merged(&seen.by_node));
+        }
     }
 
     /// The template `reference` means for `team`.
@@ -144,15 +174,15 @@ impl Templates {
         &self,
         reference: &Reference,
         team: &Team,
-    ) -> Result<Template, ResolveError> {
+    ) -> Result<Placed, ResolveError> {
         if reference.namespace.as_deref().is_some_and(|namespace| namespace != team.slug) {
             return Err(ResolveError::OtherTeam { name: reference.to_string() });
         }
         let all = self.all();
         let found = all
             .iter()
-            .find(|t| t.aliases.contains(&reference.name))
-            .or_else(|| all.iter().find(|t| t.id.as_str() == reference.name))
+            .find(|placed| placed.template.aliases.contains(&reference.name))
+            .or_else(|| all.iter().find(|placed| placed.template.id.as_str() == reference.name))
             .ok_or_else(|| ResolveError::Unknown { name: reference.to_string() })?;
         match &reference.tag {
             Some(tag) if tag != DEFAULT_TAG => {
@@ -163,14 +193,33 @@ impl Templates {
     }
 }
 
+/// Every template once: its newest build, and who holds that.
+fn merged(by_node: &BTreeMap<NodeIx, Vec<Template>>) -> Vec<Placed> {
+    let mut all: Vec<Placed> = Vec::new();
+    for (node, templates) in by_node {
+        for template in templates {
+            match all.iter_mut().find(|placed| placed.template.id == template.id) {
+                None => all.push(Placed { template: template.clone(), nodes: vec![*node] }),
+                Some(placed) if placed.template.build == template.build => {
+                    placed.nodes.push(*node);
+                }
+                Some(placed) if placed.template.created_at < template.created_at => {
+                    *placed = Placed { template: template.clone(), nodes: vec![*node] };
+                }
+                Some(_) => {}
+            }
+        }
+    }
+    all
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::team::TeamId;
 
-    fn templates() -> Templates {
-        let templates = Templates::default();
-        templates.replace(vec![Template {
+    fn template(created_at: i64) -> Template {
+        Template {
             id: "abcdefghij0123456789".parse().expect("an id"),
             build: BuildId::random(),
             aliases: vec!["base".to_owned(), "basic_1".to_owned()],
@@ -178,15 +227,38 @@ mod tests {
             memory: MiB(512),
             disk: MiB(512),
             envd_version: "0.6.13".to_owned(),
-            created_at: UnixMillis(0),
-        }]);
+            created_at: UnixMillis(created_at),
+        }
+    }
+
+    fn templates() -> Templates {
+        let templates = Templates::default();
+        templates.replace(NodeIx(0), vec![template(0)]);
         templates
+    }
+
+    #[test]
+    fn of_several_builds_the_newest_counts_where_it_is() {
+        let (old, new) = (template(1), template(2));
+        let templates = Templates::default();
+        for (node, template) in [(0, &new), (1, &old), (2, &new)] {
+            templates.replace(NodeIx(node), vec![template.clone()]);
+        }
+        let placed = |nodes: &[u16]| Placed {
+            template: new.clone(),
+            nodes: nodes.iter().copied().map(NodeIx).collect(),
+        };
+        assert_eq!(*templates.all(), [placed(&[0, 2])]);
+        templates.replace(NodeIx(1), vec![new.clone()]);
+        assert_eq!(*templates.all(), [placed(&[0, 1, 2])]);
+        templates.replace(NodeIx(0), vec![]);
+        assert_eq!(*templates.all(), [placed(&[1, 2])]);
     }
 
     fn resolve(text: &str) -> Result<TemplateId, ResolveError> {
         let team = Team { id: TeamId::random(), slug: "default".to_owned() };
         let reference: Reference = text.parse()?;
-        templates().resolve(&reference, &team).map(|t| t.id)
+        templates().resolve(&reference, &team).map(|placed| placed.template.id)
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::time::Duration;
 use belljar_wire::rest::{NewSandbox, SandboxNetwork};
 
 use super::error::ApiError;
-use crate::lifecycle::CreateSpec;
+use crate::creation::CreateSpec;
 
 /// The rule that closes the internet. Source: contract section 1.2.
 const ALL_IPV4: &str = "0.0.0.0/0";

@@ -9,12 +9,14 @@ use belljar_wire::rest;
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use tracing::warn;
 
-use crate::lifecycle::{CreateError, EndError};
+use crate::creation::CreateError;
+use crate::lifecycle::EndError;
 use crate::node::NodeCallError;
 use crate::store::StoreError;
 use crate::templates::ResolveError;
 
-/// Tells the Python SDK whether to try again. Source: contract section 1.1.
+/// Tells the Python SDK whether to try again; it believes it over the status. The JS SDK looks at
+/// `Retry-After` on 429 only. Source: contract section 1.1.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("should-retry");
 
 /// An answer that is not a success.
@@ -31,6 +33,8 @@ pub(crate) struct ApiError {
 enum Retry {
     /// Send it again after this many seconds.
     After(u32),
+    /// Do not: the answer would be the same.
+    Never,
 }
 
 /// The one table from kinds to HTTP statuses.
@@ -97,6 +101,22 @@ impl ApiError {
         self
     }
 
+    /// Another try would go the same way.
+    fn final_word(mut self) -> Self {
+        self.retry = Some(Retry::Never);
+        self
+    }
+
+    /// No node has room now.
+    fn no_room() -> Self {
+        Self::of_kind(
+            Kind::Unavailable,
+            "there is no room for another sandbox at the moment; try again",
+        )
+        .coded("sandbox_capacity_unavailable")
+        .retry_after(1)
+    }
+
     /// The answer to a failed change of the sandbox the client calls `id`.
     pub(crate) fn of_end(error: &EndError, id: &str) -> Self {
         Self::of_sandbox(error.kind(), error, id)
@@ -125,20 +145,22 @@ impl ApiError {
         log(error);
         // The node's own room is not the team's quota: another try may find some.
         match error.kind() {
-            Kind::Quota | Kind::Unavailable | Kind::Cancelled => Self::of_kind(
-                Kind::Unavailable,
-                "there is no room for another sandbox at the moment; try again",
+            Kind::Quota | Kind::Unavailable | Kind::Cancelled => Self::no_room(),
+            Kind::Timeout => Self::of_kind(
+                Kind::Timeout,
+                "the sandbox did not start in time, and was given up; try again",
             )
-            .coded("sandbox_capacity_unavailable"),
-            Kind::Timeout => Self::of_kind(Kind::Timeout, "the sandbox did not start in time")
-                .coded("sandbox_placement_timeout"),
+            .coded("sandbox_placement_timeout")
+            .retry_after(5),
             Kind::Conflict | Kind::Forbidden | Kind::Unauthenticated => {
                 Self::of_kind(Kind::Internal, "the node refused to create the sandbox")
                     .coded("sandbox_create_refused")
+                    .final_word()
             }
             Kind::Invalid | Kind::NotFound | Kind::Internal => {
                 Self::of_kind(Kind::Internal, "the sandbox could not be created")
                     .coded("sandbox_create_failed")
+                    .final_word()
             }
         }
     }
@@ -184,7 +206,13 @@ impl From<CreateError> for ApiError {
                      kill some, or ask who runs this server for a higher limit",
                     e.limit
                 ),
-            ),
+            )
+            // A place comes free when somebody ends a sandbox, which waiting does not bring about.
+            .final_word(),
+            CreateError::NoNode => {
+                log(&error);
+                Self::no_room()
+            }
             CreateError::Node(e) => Self::of_create(&e),
             CreateError::EndedEarly(_) => {
                 log(&error);
@@ -207,10 +235,16 @@ impl IntoResponse for ApiError {
             error_code: self.error_code.map(str::to_owned),
         };
         let mut response = (self.status, Json(body)).into_response();
-        if let Some(Retry::After(seconds)) = self.retry {
-            let headers = response.headers_mut();
-            headers.insert(SHOULD_RETRY, HeaderValue::from_static("true"));
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        let headers = response.headers_mut();
+        match self.retry {
+            Some(Retry::After(seconds)) => {
+                headers.insert(SHOULD_RETRY, HeaderValue::from_static("true"));
+                headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+            }
+            Some(Retry::Never) => {
+                headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+            }
+            None => {}
         }
         response
     }

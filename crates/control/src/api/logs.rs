@@ -110,7 +110,8 @@ async fn entries(
         .live
         .find(&named.id, &team.id, clock::now())
         .ok_or_else(|| ApiError::no_sandbox(&named.text))?;
-    app.node
+    app.node_of(&sandbox)
+        .rpc
         .logs(&sandbox.id, wanted)
         .await
         .map_err(|error| ApiError::of_sandbox(error.kind(), &error, &named.text))

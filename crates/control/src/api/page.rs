@@ -13,17 +13,9 @@ use chrono::SecondsFormat;
 use super::error::ApiError;
 use super::query::Query;
 use super::shapes::time;
+use crate::live::Order;
 
 const MAX_LIMIT: usize = 100;
-
-/// Which end of a list comes first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, utoipa::ToSchema)]
-pub(crate) enum Order {
-    #[schema(rename = "asc")]
-    OldestFirst,
-    #[schema(rename = "desc")]
-    NewestFirst,
-}
 
 /// Where an item stands in a list.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -62,11 +54,29 @@ impl Wanted {
         let after = match query.get("nextToken").map(|text| decode(text, order)) {
             None => None,
             Some(Some(position)) => Some(position),
-            Some(None) => {
-                return Err(ApiError::bad_request("the parameter 'nextToken' is not valid"));
-            }
+            Some(None) => return Err(bad_token()),
         };
         Ok(Wanted { limit, order, after })
+    }
+
+    /// Items on a page, at most.
+    pub(crate) fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Which end of the list comes first.
+    pub(crate) fn order(&self) -> Order {
+        self.order
+    }
+
+    /// The last item of the page before.
+    pub(crate) fn after(&self) -> Option<&Position> {
+        self.after.as_ref()
+    }
+
+    /// The token of the page after the one that ends at `last`.
+    pub(crate) fn token(&self, last: &Position) -> String {
+        encode(last, self.order)
     }
 
     /// The wanted part of `items`, and the token for the next one if there is more.
@@ -93,6 +103,14 @@ impl Wanted {
         let token = last.map(|(position, _)| encode(position, self.order));
         (sorted.into_iter().map(|(_, item)| item).collect(), token)
     }
+}
+
+/// The token was not made here, or for another list.
+pub(crate) fn bad_token() -> ApiError {
+    ApiError::bad_request(
+        "the parameter 'nextToken' is not valid: send what the header X-Next-Token of the page \
+         before held, with the same 'order', or leave it out to begin again",
+    )
 }
 
 fn encode(position: &Position, order: Order) -> String {

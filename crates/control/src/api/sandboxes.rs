@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use axum::Extension;
 use axum::Json as JsonAnswer;
-use axum::extract::{FromRequestParts, Path, RawQuery, State};
+use axum::extract::{FromRequestParts, Path, State};
 use axum::response::{IntoResponse, Response};
 use belljar_daemon::clock;
-use belljar_domain::{SandboxId, TemplateId, UnixMillis};
+use belljar_domain::SandboxId;
 use belljar_wire::rest;
+use http::StatusCode;
 use http::request::Parts;
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use utoipa::openapi::Required;
 use utoipa::openapi::path::{Parameter, ParameterIn};
 use utoipa::{IntoParams, PartialSchema as _};
@@ -19,14 +19,11 @@ use utoipa::{IntoParams, PartialSchema as _};
 use super::auth::Caller;
 use super::body::{Json, OptionalJson};
 use super::error::ApiError;
-use super::page::{Order, Position, Wanted};
-use super::query::{Query, metadata_filter};
 use super::{create, shapes};
 use crate::app::App;
+use crate::creation;
 use crate::lifecycle::{self, NewEnd};
-use crate::live::Sandbox;
 use crate::team::Team;
-use crate::templates::Reference;
 
 /// Seconds to live when a request does not say. Source: contract section 9.
 const DEFAULT_SECONDS_V1: i64 = 15;
@@ -34,11 +31,6 @@ const DEFAULT_SECONDS_V2: i64 = 300;
 /// Bounds of a refresh. Source: contract section 1.2.
 const MIN_REFRESH_SECONDS: i64 = 15;
 const MAX_REFRESH_SECONDS: i64 = 3600;
-
-/// Token of the next page; absent on the last one.
-pub(crate) const NEXT_TOKEN: HeaderName = HeaderName::from_static("x-next-token");
-/// Sandboxes that match, whatever the page.
-const TOTAL_RUNNING: HeaderName = HeaderName::from_static("x-total-running");
 
 type Answer = Result<Response, ApiError>;
 
@@ -116,130 +108,9 @@ async fn create_with(
     secure: bool,
 ) -> Answer {
     let spec = create::spec(body, default_seconds, secure, app.config.max_sandbox_length)?;
-    let sandbox = lifecycle::create(app, team, spec).await?;
+    let sandbox = creation::create(app, team, spec).await?;
     let body = JsonAnswer(shapes::sandbox(app, &sandbox));
     Ok((StatusCode::CREATED, body).into_response())
-}
-
-/// Lists running sandboxes, newest first. Deprecated: version 2 has pages.
-#[utoipa::path(
-    get, path = "/sandboxes", tag = "sandboxes",
-    params(
-        ("metadata" = Option<String>, Query, description = "Labels to have, as `key=value&key=value`, form-encoded"),
-    ),
-    responses((status = 200, description = "All that match", body = Vec<rest::ListedSandbox>)),
-)]
-pub(crate) async fn list_v1(
-    State(app): State<Arc<App>>,
-    Extension(team): Caller,
-    RawQuery(query): RawQuery,
-) -> Answer {
-    let mut found = matching(&app, &team, &Query::parse(query.as_deref())?)?;
-    found.sort_by_key(|sandbox| std::cmp::Reverse(position(sandbox)));
-    let listed: Vec<_> = found.iter().map(|sandbox| shapes::listed(sandbox)).collect();
-    Ok(JsonAnswer(listed).into_response())
-}
-
-/// Lists sandboxes.
-#[utoipa::path(
-    get, path = "/v2/sandboxes", tag = "sandboxes",
-    params(
-        ("metadata" = Option<String>, Query, description = "Labels to have, as `key=value&key=value`, form-encoded"),
-        ("state" = inline(Option<Vec<rest::SandboxState>>), Query, style = Form, explode = false, description = "States to have. Absent: any"),
-        ("order" = inline(Option<Order>), Query, description = "By start. Absent: newest first"),
-        ("startedAfter" = Option<chrono::DateTime<chrono::Utc>>, Query, description = "Started later than this"),
-        ("template" = Option<String>, Query, description = "Started from this template, by id or name"),
-        ("limit" = Option<u32>, Query, description = "Items on a page", minimum = 1, maximum = 100),
-        ("nextToken" = Option<String>, Query, description = "Where the last page ended, from its header"),
-    ),
-    responses((
-        status = 200, description = "One page", body = Vec<rest::ListedSandbox>,
-        headers(
-            ("X-Next-Token" = String, description = "Token of the next page; absent on the last"),
-            ("X-Total-Running" = i64, description = "Running sandboxes that match, whatever the page"),
-        ),
-    )),
-)]
-pub(crate) async fn list_v2(
-    State(app): State<Arc<App>>,
-    Extension(team): Caller,
-    RawQuery(query): RawQuery,
-) -> Answer {
-    let query = Query::parse(query.as_deref())?;
-    let wanted = Wanted::from_query(&query)?;
-    let mut found = matching(&app, &team, &query)?;
-    let running = found.len();
-    if !wants_running(&query)? {
-        found.clear();
-    }
-    let (page, next) = wanted.take(found, position);
-    let mut headers = HeaderMap::new();
-    headers.insert(TOTAL_RUNNING, HeaderValue::from(running));
-    insert_next_token(&mut headers, next);
-    let listed: Vec<_> = page.iter().map(|sandbox| shapes::listed(sandbox)).collect();
-    Ok((headers, JsonAnswer(listed)).into_response())
-}
-
-pub(crate) fn insert_next_token(headers: &mut HeaderMap, next: Option<String>) {
-    if let Some(next) = next {
-        let value = HeaderValue::try_from(next).expect("base64 is valid in a header");
-        headers.insert(NEXT_TOKEN, value);
-    }
-}
-
-fn position(sandbox: &Arc<Sandbox>) -> Position {
-    Position { at: sandbox.started_at, id: sandbox.id.to_string() }
-}
-
-/// Whether the `state` filter lets running sandboxes through; without one everything passes.
-fn wants_running(query: &Query) -> Result<bool, ApiError> {
-    let mut states = query.list("state").peekable();
-    let mut running = states.peek().is_none();
-    for state in states {
-        match state {
-            "running" => running = true,
-            "paused" => {}
-            _ => {
-                return Err(ApiError::bad_request(
-                    "the parameter 'state' may name running and paused",
-                ));
-            }
-        }
-    }
-    Ok(running)
-}
-
-/// The team's running sandboxes that pass the `metadata`, `startedAfter` and `template` filters.
-fn matching(app: &App, team: &Team, query: &Query) -> Result<Vec<Arc<Sandbox>>, ApiError> {
-    let metadata = query.get("metadata").map(metadata_filter).transpose()?.unwrap_or_default();
-    let started_after = query.get("startedAfter").map(parse_time).transpose()?;
-    let template =
-        query.get("template").map(|text| template_filter(app, team, text)).transpose()?;
-    let mut found = app.live.list(&team.id, clock::now());
-    found.retain(|sandbox| {
-        metadata.iter().all(|(key, value)| sandbox.metadata.get(key) == Some(value))
-            && started_after.is_none_or(|after| sandbox.started_at > after)
-            && template.as_ref().is_none_or(|wanted| wanted.as_ref() == Some(&sandbox.template))
-    });
-    Ok(found)
-}
-
-fn parse_time(text: &str) -> Result<UnixMillis, ApiError> {
-    // A plus sign that was not encoded arrives as a space.
-    let time: rest::Time = text.replace(' ', "+").parse().map_err(|_| {
-        ApiError::bad_request("the parameter 'startedAfter' must be an RFC 3339 time")
-    })?;
-    Ok(UnixMillis(time.timestamp_millis()))
-}
-
-/// The template id to look for, from an id or a name. `None` matches nothing.
-fn template_filter(app: &App, team: &Team, text: &str) -> Result<Option<TemplateId>, ApiError> {
-    let reference: Reference = text.parse()?;
-    match app.templates.resolve(&reference, team) {
-        Ok(template) => Ok(Some(template.id)),
-        // A template may be gone while its sandboxes still run.
-        Err(_) => Ok(text.parse().ok()),
-    }
 }
 
 /// Shows a sandbox.

@@ -11,9 +11,9 @@ use http::HeaderMap;
 
 use super::auth::Caller;
 use super::error::ApiError;
+use super::list::insert_next_token;
 use super::page::{Position, Wanted};
 use super::query::Query;
-use super::sandboxes::insert_next_token;
 use super::shapes;
 use crate::app::App;
 use crate::team::Team;
@@ -30,7 +30,9 @@ type Answer = Result<Response, ApiError>;
 pub(crate) async fn list_v1(State(app): State<Arc<App>>, Extension(_): Caller) -> Answer {
     let spawned = app.store.spawned().await?;
     let all = app.templates.all();
-    let shown = all.iter().map(|t| shapes::template(t, spawned.get(t.id.as_str())));
+    let shown = all
+        .iter()
+        .map(|placed| shapes::template(&placed.template, spawned.get(placed.template.id.as_str())));
     Ok(Json(shown.collect::<Vec<_>>()).into_response())
 }
 
@@ -55,8 +57,10 @@ pub(crate) async fn list_v2(
     let wanted = Wanted::from_query(&Query::parse(query.as_deref())?)?;
     let spawned = app.store.spawned().await?;
     let all = app.templates.all();
-    let (page, next) =
-        wanted.take(all.iter(), |t| Position { at: t.created_at, id: t.id.to_string() });
+    let (page, next) = wanted.take(all.iter().map(|placed| &placed.template), |t| Position {
+        at: t.created_at,
+        id: t.id.to_string(),
+    });
     let mut headers = HeaderMap::new();
     insert_next_token(&mut headers, next);
     let shown = page.into_iter().map(|t| shapes::template(t, spawned.get(t.id.as_str())));
@@ -117,5 +121,5 @@ fn find(
         ApiError::bad_request("Invalid template reference: the path is not valid UTF-8")
     })?;
     let reference: Reference = text.parse()?;
-    Ok(app.templates.resolve(&reference, team)?)
+    Ok(app.templates.resolve(&reference, team)?.template)
 }

@@ -86,10 +86,10 @@ async fn a_team_has_a_limit_that_counts_what_is_starting() {
         })
         .await;
         client.post("/v2/sandboxes", CREATE).await.assert_error(429, limit);
-        // What is starting cannot be seen yet, and so not be killed.
+        // What is starting cannot be seen yet.
         let starting = rig.node.state.creates.lock().expect("no panic holds it")[1].clone();
         let path = format!("/sandboxes/{}", starting.sandbox_id);
-        client.delete(&path).await.assert_error(404, "doesn't exist");
+        client.get(&path).await.assert_error(404, "doesn't exist");
         rig.node.state.hold_creates.send_replace(false);
     });
     assert_eq!(second.status, 201);
@@ -156,7 +156,7 @@ async fn what_the_node_says_reaches_the_client_in_the_contracts_words() {
             504,
             "in time",
             "sandbox_placement_timeout",
-            false,
+            true,
         ),
         (ConnectError::internal("secret"), 500, "could not", "sandbox_create_failed", false),
         (ConnectError::failed_precondition("no"), 500, "refused", "sandbox_create_refused", false),
@@ -347,7 +347,8 @@ async fn without_a_node_it_does_not_start() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let store = Store::open(&dir.path().join("control.db")).await.expect("a store");
     let routes: Arc<dyn RouteSink> = Arc::new(Routes::default());
-    let deps = Deps { node_socket: dir.path().join("node.sock"), routes, store: store.clone() };
+    let node_sockets = vec![dir.path().join("node.sock")];
+    let deps = Deps { node_sockets, routes, store: store.clone() };
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let scope = Scope::root("test");
     let brief = Config { node_wait: Duration::from_millis(200), ..config() };

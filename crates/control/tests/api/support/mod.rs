@@ -65,7 +65,7 @@ impl Control {
         let address = listener.local_addr().expect("its address");
         let routes = Arc::new(Routes::default());
         let deps = Deps {
-            node_socket: dir.join("node.sock"),
+            node_sockets: vec![dir.join("node.sock")],
             routes: routes.clone() as Arc<dyn RouteSink>,
             store: store.clone(),
         };

@@ -1,6 +1,6 @@
 //! Slots without root: loopback addresses, for rigs whose machines are processes of the host.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard};
@@ -10,34 +10,32 @@ use async_trait::async_trait;
 use crate::slots::{EgressPolicy, LeaseError, ReleaseError, Slot, Slots};
 use crate::{GUEST_MAC, TAP};
 
-/// 127.0.0.0/8 leaves 24 bits. So many of them number the slots of a process with few; the others
-/// tell processes apart.
-const SLOT_BITS: u32 = 12;
-/// So many at most; the 8 that are left still tell a handful of processes apart.
-const SLOT_BITS_MAX: u32 = 16;
+/// Addresses of one block: 127.0.0.0/8 leaves 24 bits, of which 12 number blocks. A process begins
+/// in a block of its own and goes on in the next ones.
+const ADDRESSES: u32 = 1 << 12;
+/// Most slots of one fake: some blocks, and what a port number could tell apart.
+const CAPACITY_MAX: u32 = 1 << 16;
 
 /// The first address no fake of this process has yet.
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
 /// Slots on loopback addresses, each unique among the fakes of this process and, as far as 12
-/// bits of its process number go (8 for a fake of many slots), of the others on the host.
+/// bits of its process number go, of the others on the host.
 ///
 /// It isolates nothing: [`Slot::netns`] is `None`, and policies are only remembered.
 #[derive(Debug)]
 pub struct FakeSlots {
     capacity: u32,
     first: u32,
-    slot_bits: u32,
     books: Mutex<Books>,
 }
 
 #[derive(Debug, Default)]
 struct Books {
     leased: BTreeMap<u32, EgressPolicy>,
-    /// Given back, to be leased again.
-    free: Vec<u32>,
-    /// No slot from this one on was ever leased.
-    untouched: u32,
+    /// Indices that were given back; all from `never_leased` on are free as well.
+    free: BTreeSet<u32>,
+    never_leased: u32,
     closed: bool,
     failing_leases: u32,
     failing_releases: u32,
@@ -47,13 +45,11 @@ impl FakeSlots {
     /// A fake with `capacity` slots.
     ///
     /// # Panics
-    /// With more than 65,534 slots; there are no addresses for them.
+    /// With more than 65,536 slots; there are no addresses for them.
     pub fn new(capacity: u32) -> FakeSlots {
-        let most = (1 << SLOT_BITS_MAX) - 2;
-        assert!(capacity <= most, "a process has {most} addresses for fake slots");
-        let slot_bits = if capacity <= (1 << SLOT_BITS) - 2 { SLOT_BITS } else { SLOT_BITS_MAX };
+        assert!(capacity <= CAPACITY_MAX, "there are addresses for {CAPACITY_MAX} fake slots");
         let first = NEXT.fetch_add(capacity, Ordering::Relaxed);
-        FakeSlots { capacity, first, slot_bits, books: Mutex::default() }
+        FakeSlots { capacity, first, books: Mutex::default() }
     }
 
     /// Makes the next `count` leases fail with [`LeaseError::Setup`].
@@ -75,12 +71,35 @@ impl FakeSlots {
         self.books.lock().expect("nothing panics while it holds the books")
     }
 
-    /// 127.x.y.z: the process in the upper bits, the slot in the lower. Both are kept off 0, so
-    /// that 127.0.0.1 and whatever else listens in 127.0.0.0/20 stay out of it.
+    /// 127.x.y.z: the block in the upper 12 bits, the slot in the lower. Both are kept off 0, so that
+    /// 127.0.0.1 and whatever else listens in 127.0.0.0/20 stay out of it.
     fn address(&self, index: u32) -> Ipv4Addr {
-        let process = std::process::id() % ((1 << (24 - self.slot_bits)) - 1) + 1;
-        let place = (self.first.wrapping_add(index)) % ((1 << self.slot_bits) - 2) + 1;
-        Ipv4Addr::from_bits(127 << 24 | process << self.slot_bits | place)
+        let place = self.first.wrapping_add(index);
+        let block = std::process::id().wrapping_add(place / (ADDRESSES - 2));
+        let (block, place) = (block % (ADDRESSES - 1) + 1, place % (ADDRESSES - 2) + 1);
+        Ipv4Addr::from_bits(127 << 24 | block << 12 | place)
+    }
+}
+
+impl Books {
+    /// Takes the lowest free index.
+    fn take(&mut self, capacity: u32, policy: EgressPolicy) -> Option<u32> {
+        let index = match self.free.pop_first() {
+            Some(index) => index,
+            None if self.never_leased < capacity => {
+                self.never_leased += 1;
+                self.never_leased - 1
+            }
+            None => return None,
+        };
+        self.leased.insert(index, policy);
+        Some(index)
+    }
+
+    fn give_back(&mut self, index: u32) -> Option<EgressPolicy> {
+        let policy = self.leased.remove(&index)?;
+        self.free.insert(index);
+        Some(policy)
     }
 }
 
@@ -98,20 +117,13 @@ impl Slots for FakeSlots {
         if books.closed {
             return Err(LeaseError::Closed);
         }
-        let untouched = books.untouched;
-        let index = match books.free.last() {
-            Some(index) => *index,
-            None if untouched < self.capacity => untouched,
-            None => return Err(LeaseError::Exhausted { capacity: self.capacity }),
-        };
+        let index = books.take(self.capacity, policy);
+        let index = index.ok_or(LeaseError::Exhausted { capacity: self.capacity })?;
         if due(&mut books.failing_leases) {
+            books.give_back(index);
             let reason = "a fault was asked for".to_owned();
             return Err(LeaseError::Setup { index, step: "make a tap", reason });
         }
-        if books.free.pop().is_none() {
-            books.untouched += 1;
-        }
-        books.leased.insert(index, policy);
         Ok(Slot {
             index,
             netns: None,
@@ -129,11 +141,8 @@ impl Slots for FakeSlots {
         if due(&mut books.failing_releases) {
             return failed("take everything apart", "a fault was asked for");
         }
-        match books.leased.remove(&index) {
-            Some(_) => {
-                books.free.push(index);
-                Ok(())
-            }
+        match books.give_back(index) {
+            Some(_) => Ok(()),
             None => failed("find the lease", "it is not leased from this pool"),
         }
     }
@@ -166,21 +175,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn thousands_have_addresses_of_their_own_and_are_leased_again() {
-        let many = FakeSlots::new(10_000);
-        let mut slots = Vec::new();
+    async fn ten_thousand_slots_have_addresses_of_their_own() {
+        let slots = FakeSlots::new(10_000);
         let mut addresses = std::collections::HashSet::new();
         for _ in 0..10_000 {
-            let slot = many.lease(EgressPolicy::None).await.expect("it is free");
-            assert!(addresses.insert(slot.host_ip), "{} is leased twice", slot.host_ip);
-            slots.push(slot);
+            let slot = slots.lease(EgressPolicy::None).await.expect("it is free");
+            assert!(slot.host_ip.is_loopback());
+            addresses.insert(slot.host_ip);
         }
-        let full = many.lease(EgressPolicy::None).await;
-        assert!(matches!(full, Err(LeaseError::Exhausted { capacity: 10_000 })));
-        let index = slots[5_000].index;
-        many.release(slots.swap_remove(5_000)).await.expect("it was leased");
-        let again = many.lease(EgressPolicy::None).await.expect("one is free");
-        assert_eq!(again.index, index);
+        assert_eq!(addresses.len(), 10_000);
+        assert!(slots.lease(EgressPolicy::None).await.is_err());
     }
 
     #[tokio::test]

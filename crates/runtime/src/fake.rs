@@ -101,6 +101,11 @@ impl Runtime for FakeRuntime {
         "fake 1".to_owned()
     }
 
+    /// A host holds thousands of fake machines, and none of them looks at a disk.
+    fn reads_disks(&self) -> bool {
+        false
+    }
+
     async fn boot(
         &self,
         spec: MachineSpec,

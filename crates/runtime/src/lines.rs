@@ -1,19 +1,29 @@
 //! Bounded lines from a peer that may be hostile or broken.
 
+use std::future::poll_fn;
 use std::io;
+use std::mem::MaybeUninit;
+use std::pin::Pin;
+use std::task::ready;
 
-use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader};
+use tokio::io::{AsyncRead, ReadBuf};
 
-/// Reads lines of at most a given length. Keeps a half-read line between calls.
+/// Read at once, on the stack: a peer that is silent costs no buffer.
+const CHUNK_BYTES: usize = 4096;
+
+/// Reads lines of at most a given length. Keeps what it read beyond a line between calls.
 pub(crate) struct Lines<R> {
-    input: BufReader<R>,
-    partial: Vec<u8>,
+    input: R,
+    /// Read and not given out yet; without room of its own while that is nothing.
+    pending: Vec<u8>,
+    /// How much of `pending` is known to have no line feed.
+    searched: usize,
     max_bytes: usize,
 }
 
 impl<R: AsyncRead + Unpin> Lines<R> {
     pub(crate) fn new(input: R, max_bytes: usize) -> Lines<R> {
-        Lines { input: BufReader::new(input), partial: Vec::new(), max_bytes }
+        Lines { input, pending: Vec::new(), searched: 0, max_bytes }
     }
 
     /// The next line without its line feed; `None` at the end of the input, where an unfinished
@@ -23,24 +33,40 @@ impl<R: AsyncRead + Unpin> Lines<R> {
     /// I/O errors, and [`io::ErrorKind::InvalidData`] for a line that is too long.
     pub(crate) async fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
         loop {
-            let ready = self.input.fill_buf().await?;
-            if ready.is_empty() {
-                return Ok(None);
-            }
-            let end = ready.iter().position(|byte| *byte == b'\n');
-            let taken = end.map_or(ready.len(), |at| at + 1);
-            self.partial.extend_from_slice(&ready[..end.unwrap_or(taken)]);
-            self.input.consume(taken);
-            if self.partial.len() > self.max_bytes {
+            let fresh = &self.pending[self.searched..];
+            let end = fresh.iter().position(|byte| *byte == b'\n').map(|at| self.searched + at);
+            self.searched = self.pending.len();
+            if end.unwrap_or(self.pending.len()) > self.max_bytes {
                 return Err(io::Error::new(
                     io::ErrorKind::InvalidData,
                     format!("a line is longer than {} bytes", self.max_bytes),
                 ));
             }
-            if end.is_some() {
-                return Ok(Some(std::mem::take(&mut self.partial)));
+            if let Some(end) = end {
+                // At most one chunk comes after the line: nothing long is ever moved.
+                let rest = self.pending.split_off(end + 1);
+                let mut line = std::mem::replace(&mut self.pending, rest);
+                line.truncate(end);
+                self.searched = 0;
+                return Ok(Some(line));
+            }
+            if self.read_chunk().await? == 0 {
+                return Ok(None);
             }
         }
+    }
+
+    /// Reads what is there; 0 at the end of the input. Cancel-safe: the bytes are in `pending`
+    /// before it ends.
+    async fn read_chunk(&mut self) -> io::Result<usize> {
+        poll_fn(|context| {
+            let mut chunk = [MaybeUninit::uninit(); CHUNK_BYTES];
+            let mut chunk = ReadBuf::uninit(&mut chunk);
+            ready!(Pin::new(&mut self.input).poll_read(context, &mut chunk))?;
+            self.pending.extend_from_slice(chunk.filled());
+            std::task::Poll::Ready(Ok(chunk.filled().len()))
+        })
+        .await
     }
 }
 

@@ -23,6 +23,11 @@ pub trait Runtime: Send + Sync + 'static {
     /// What a saved machine depends on: a saved machine restores only under the same text.
     fn fingerprint(&self) -> String;
 
+    /// Whether its machines read their root disk. Where none does, callers need not serve one.
+    fn reads_disks(&self) -> bool {
+        true
+    }
+
     /// Cold-boots a machine whose memory and state will be saved into `source.artifacts`.
     ///
     /// Returns once the machine runs; its guest says by the control stream when it is up.

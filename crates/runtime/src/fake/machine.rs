@@ -17,8 +17,9 @@ use crate::machine::{
 };
 use crate::saved::{self, SavedFiles, Shape};
 
-/// Bytes each way between a fake guest and its host.
-const CONTROL_BYTES: usize = 64 * 1024;
+/// Bytes each way between a fake guest and its host. Both ends read as they come; more would only
+/// be memory that thousands of machines hold.
+const CONTROL_BYTES: usize = 512;
 /// The tasks only wait on channels and sockets, so they end at once.
 const END_LIMIT: Duration = Duration::from_secs(5);
 
@@ -28,8 +29,13 @@ pub(super) struct Body {
     pub(super) name: String,
     pub(super) scope: Scope,
     pub(super) identity: Mutex<Init>,
-    frozen: watch::Sender<bool>,
-    gone: watch::Sender<Option<ExitCause>>,
+    life: watch::Sender<Life>,
+}
+
+#[derive(Debug, Default)]
+struct Life {
+    frozen: bool,
+    gone: Option<ExitCause>,
 }
 
 impl Body {
@@ -38,16 +44,15 @@ impl Body {
             name: name.to_owned(),
             scope: Scope::root("fake machine"),
             identity: Mutex::new(Init::default()),
-            frozen: watch::Sender::new(false),
-            gone: watch::Sender::new(None),
+            life: watch::Sender::default(),
         }
     }
 
     /// Ends the machine; the first cause counts.
     pub(super) fn end(&self, cause: ExitCause) {
-        self.gone.send_if_modified(|gone| {
-            let first = gone.is_none();
-            gone.get_or_insert(cause);
+        self.life.send_if_modified(|life| {
+            let first = life.gone.is_none();
+            life.gone.get_or_insert(cause);
             first
         });
         self.scope.cancel();
@@ -61,15 +66,19 @@ impl Body {
     /// Waits while the machine is frozen. Cancel-safe.
     pub(super) async fn running(&self) {
         // The sender lives in `self`, so this cannot fail.
-        drop(self.frozen.subscribe().wait_for(|frozen| !frozen).await);
+        drop(self.life.subscribe().wait_for(|life| !life.frozen).await);
     }
 
     pub(super) fn crash(&self) {
         self.end(ExitCause::Crashed { detail: "injected".to_owned() });
     }
 
+    fn freeze(&self, frozen: bool) {
+        self.life.send_modify(|life| life.frozen = frozen);
+    }
+
     fn is_gone(&self) -> bool {
-        self.gone.borrow().is_some()
+        self.life.borrow().gone.is_some()
     }
 }
 
@@ -126,7 +135,7 @@ impl FakeMachine {
         if self.body.is_gone() {
             return Err(PauseError::Gone);
         }
-        self.body.frozen.send_replace(frozen);
+        self.body.freeze(frozen);
         Ok(())
     }
 
@@ -166,15 +175,15 @@ impl Machine for FakeMachine {
         if self.body.is_gone() {
             return Err(SaveError::Gone);
         }
-        self.body.frozen.send_replace(true);
+        self.body.freeze(true);
         let state = files.unfinished_state();
         fs::write(&state, STATE).map_err(|source| SaveError::Io { path: state, source })?;
         saved::seal(files, shape).map_err(|(path, source)| SaveError::Io { path, source })
     }
 
     async fn exited(&mut self) -> ExitCause {
-        let mut gone = self.body.gone.subscribe();
-        let cause = gone.wait_for(Option::is_some).await.map(|cause| cause.clone());
+        let mut life = self.body.life.subscribe();
+        let cause = life.wait_for(|life| life.gone.is_some()).await.map(|life| life.gone.clone());
         cause.ok().flatten().expect("the sender lives in the body, and waited until there is one")
     }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
+use belljar_daemon::clock::Clock;
 use belljar_daemon::{OnError, Scope};
 use belljar_network::{FakeSlots, OpenError, SlotPool, Slots, SlotsConfig};
 use belljar_runtime::Runtime;
@@ -46,7 +47,8 @@ impl Host {
         reclaim_drafts(&templates).context("failed to remove what a killed build left")?;
         let isolation = isolate(options.runtime).await?;
         let (slots, range) = open_slots(local, options, root).await?;
-        let deps = Deps { runtime: isolation.runtime.clone(), slots: slots.clone() };
+        let clock = Clock::of_host(root).context("failed to watch the wall clock")?;
+        let deps = Deps { runtime: isolation.runtime.clone(), slots: slots.clone(), clock };
         let settings = local.sandbox_settings(options, range);
         let opened = Sandboxes::open(settings, deps, root.child("sandboxes")).await;
         let (sandboxes, reclaimed) = match opened {

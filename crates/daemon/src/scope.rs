@@ -57,6 +57,7 @@ impl Scope {
         E: Display + Send + 'static,
     {
         let cancel = self.inner.cancel.clone();
+        let task = Box::pin(task);
         self.spawn_shielded(name, on_error, async move {
             tokio::select! {
                 () = cancel.cancelled() => Ok(()),
@@ -74,6 +75,9 @@ impl Scope {
         E: Display + Send + 'static,
     {
         let scope = self.clone();
+        // On the heap by itself: a future that is handed on is laid out once more at each step, and
+        // there are many tasks.
+        let task = Box::pin(task);
         let tracked = self.inner.tasks.track_future(async move {
             if let Err(e) = task.await {
                 match on_error {

@@ -118,11 +118,10 @@ pub(crate) struct Booted {
     pub(crate) machine: Box<dyn Machine>,
     pub(crate) control: GuestControl,
     pub(crate) undo: Teardown,
-    pub(crate) info: SandboxInfo,
+    pub(crate) info: Arc<SandboxInfo>,
 }
 
 /// A template as the boot path needs it: its record, its folder and its opened base disk.
-#[derive(Clone)]
 pub(crate) struct ReadyTemplate {
     pub(crate) template: Template,
     pub(crate) base: Arc<BaseImage>,
@@ -157,7 +156,7 @@ pub(crate) async fn boot(
 ) -> Result<Booted, CreateError> {
     let mut undo = Teardown::new(scope, settings.teardown_step_deadline);
     match acquire(deps, settings, ledger, template, request, &mut undo).await {
-        Ok((machine, control, info)) => Ok(Booted { machine, control, undo, info }),
+        Ok((machine, control, info)) => Ok(Booted { machine, control, undo, info: Arc::new(info) }),
         Err(e) => {
             // Failed steps are logged where they fail; the caller hears why the boot did.
             let _leaks = undo.run().await;
@@ -187,11 +186,15 @@ async fn acquire(
     let identity = settings
         .machine_uid_base
         .map(|base| Identity { uid: base + slot_index, gid: base + slot_index });
+    let mut root_disk = Vec::new();
+    if deps.runtime.reads_disks() {
+        root_disk.push(export_disk(&template.base, &places, identity, undo)?);
+    }
     let spec = MachineSpec {
         name: places.machine.clone(),
         vcpus: meta.vcpus,
         memory: meta.memory,
-        root_disk: vec![export_disk(&template.base, &places, identity, undo)?],
+        root_disk,
         network: Some(network),
         run_dir: places.run_dir.clone(),
         identity,

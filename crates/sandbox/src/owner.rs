@@ -3,8 +3,10 @@
 //! Nobody else touches its machine, its resources or its state. Legality is decided by
 //! `domain::lifecycle::next`; this file only turns effects into work.
 
-use std::time::Duration;
+use std::convert::Infallible;
+use std::pin::Pin;
 
+use belljar_daemon::clock::Clock;
 use belljar_daemon::fault::{Point, reach};
 use belljar_daemon::{Scope, Teardown, clock};
 use belljar_domain::lifecycle::{Effect, EndReason, Event, State, next};
@@ -12,11 +14,13 @@ use belljar_domain::{SandboxId, UnixMillis};
 use belljar_runtime::control::GuestControl;
 use belljar_runtime::{ExitCause, Machine};
 use belljar_wire::guest::FromGuest;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::boot::Booted;
 use crate::log::SandboxLog;
+use crate::metrics::Samples;
+use crate::probe::{self, Target};
 use crate::untold::UntoldEnds;
 
 /// What callers ask of a running sandbox.
@@ -51,20 +55,34 @@ impl Command {
     }
 }
 
-/// The longest the expiry timer sleeps at once, so that a wall clock that jumps is noticed.
-const TIMER_STEP_MAX: Duration = Duration::from_secs(2);
+/// What is kept of a sandbox while it runs.
+pub(crate) struct Kept {
+    pub(crate) log: SandboxLog,
+    pub(crate) samples: Samples,
+    /// Whom to ask for figures; `None` where guests have none.
+    pub(crate) target: Option<Target>,
+}
+
+/// What an owner is given besides its sandbox.
+pub(crate) struct Post<'a> {
+    pub(crate) clock: &'a Clock,
+    pub(crate) kept: &'a Kept,
+    /// Bounds how many are asked at once.
+    pub(crate) probes: &'a Semaphore,
+    pub(crate) untold: &'a UntoldEnds,
+    pub(crate) scope: &'a Scope,
+}
 
 /// Owns a booted sandbox until nothing of it is left; answers why it ended.
 pub(crate) async fn own(
-    sandbox_id: &SandboxId,
     booted: Booted,
     mut commands: mpsc::Receiver<Command>,
-    end_at: watch::Sender<UnixMillis>,
-    log: &SandboxLog,
-    untold: &UntoldEnds,
-    scope: &Scope,
+    end_at: &watch::Sender<UnixMillis>,
+    post: Post<'_>,
 ) -> EndReason {
     let Booted { mut machine, mut control, undo, info } = booted;
+    let sandbox_id = &info.sandbox_id;
+    let mut sampling = sampling(sandbox_id, &post);
     let starting = State::Starting { end_at: info.end_at };
     let (mut state, _arm) =
         next(starting, Event::Started).expect("a starting sandbox may start: lifecycle table");
@@ -79,13 +97,14 @@ pub(crate) async fn own(
                 Some(Command::Kill) => Event::End(EndReason::Killed),
                 None => Event::End(EndReason::Shutdown),
             },
-            () = until(*end_at.borrow()) => Event::End(EndReason::Expired),
+            () = post.clock.until(*end_at.borrow()) => Event::End(EndReason::Expired),
             cause = machine.exited() => {
                 log_exit(sandbox_id, &cause);
                 Event::End(EndReason::Crashed)
             }
-            () = closed(&mut control, log) => Event::End(EndReason::Crashed),
-            () = scope.cancelled() => Event::End(EndReason::Shutdown),
+            () = closed(&mut control, &post.kept.log) => Event::End(EndReason::Crashed),
+            () = post.scope.cancelled() => Event::End(EndReason::Shutdown),
+            never = &mut sampling => match never {},
         };
         match next(state, event) {
             Ok((to, Effect::Arm(at))) => {
@@ -109,8 +128,9 @@ pub(crate) async fn own(
     // Callers queue no more; those who wait see their answers dropped.
     commands.close();
     drop(control);
+    drop(sampling);
     if reason == EndReason::Shutdown
-        && let Err(e) = untold.note_shutdown(&info, clock::now())
+        && let Err(e) = post.untold.note_shutdown(&info, clock::now())
     {
         warn!(%sandbox_id, error = %e, "the end is not noted: who asks later will not find it");
     }
@@ -134,6 +154,20 @@ pub(crate) async fn give_back(
     info!(%sandbox_id, reason = reason.as_str(), leaks = leaks.len(), "sandbox ended");
 }
 
+/// Keeps figures for as long as it is polled. On the heap: most sandboxes of a host full of fake ones
+/// have none.
+fn sampling<'a>(
+    sandbox_id: &'a SandboxId,
+    post: &'a Post<'_>,
+) -> Pin<Box<dyn Future<Output = Infallible> + Send + 'a>> {
+    match &post.kept.target {
+        Some(target) => {
+            Box::pin(probe::sample(sandbox_id, target, &post.kept.samples, post.probes, post.clock))
+        }
+        None => Box::pin(std::future::pending()),
+    }
+}
+
 fn log_exit(sandbox_id: &SandboxId, cause: &ExitCause) {
     match cause {
         ExitCause::Crashed { detail } => warn!(%sandbox_id, detail, "machine crashed"),
@@ -151,16 +185,5 @@ async fn closed(control: &mut GuestControl, log: &SandboxLog) {
         if let FromGuest::Log { lines } = message {
             log.add(lines, clock::now());
         }
-    }
-}
-
-/// Ends when the wall clock reaches `at`. Cancel-safe.
-async fn until(at: UnixMillis) {
-    loop {
-        let left = at.since(clock::now());
-        if left.is_zero() {
-            return;
-        }
-        tokio::time::sleep(left.min(TIMER_STEP_MAX)).await;
     }
 }

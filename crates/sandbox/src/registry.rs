@@ -8,24 +8,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use belljar_blockstore::BaseImage;
-use belljar_daemon::fault::{Point, reach};
 use belljar_daemon::{OnError, Scope, clock};
-use belljar_domain::lifecycle::EndReason;
 use belljar_domain::{BuildId, ExecutionId, SandboxId, UnixMillis};
-use tokio::sync::{Semaphore, SemaphorePermit, broadcast, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, broadcast, mpsc, oneshot, watch};
 use tracing::{info, warn};
 
-use crate::admission::{Allocated, Limits, Refused, Status};
-use crate::boot::{Booted, CreateError, ReadyTemplate, boot};
+use crate::admission::{Allocated, Limits, Status};
+use crate::boot::{CreateError, ReadyTemplate};
 use crate::info::{CreateSandbox, Ended, SandboxInfo, Starting, Untold};
 use crate::ledger::Ledger;
-use crate::log::{LogEntry, LogQuery, SandboxLog};
-use crate::metrics::{Figures, MetricsQuery, Sample, Samples, made};
-use crate::owner::{Command, Starts, give_back, own};
+use crate::log::{LogEntry, LogQuery};
+use crate::metrics::{Figures, MetricsQuery, Sample, made};
+use crate::owner::Command;
+use crate::probe::PROBES_MAX;
 use crate::reclaim::{Reclaimed, reclaim};
 use crate::settings::{Deps, MetricsFrom, Settings};
 use crate::table::{Entry, Running, Table};
-use crate::template::{Template, TemplateError, load_all};
+use crate::template::{Template, TemplateError, load_each};
 use crate::untold::UntoldEnds;
 
 /// Commands that may wait for one owner.
@@ -45,21 +44,12 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
-    /// A template cannot be read.
+    /// The folder of templates cannot be read.
     #[error("load the templates")]
     Templates {
         /// Why.
         #[source]
         source: TemplateError,
-    },
-    /// A template's disk cannot be opened.
-    #[error("open the disk of template build {build_id}")]
-    Disk {
-        /// Which.
-        build_id: BuildId,
-        /// Why.
-        #[source]
-        source: belljar_blockstore::OpenError,
     },
     /// An earlier sandbox cannot be removed.
     #[error("reclaim sandbox {sandbox_id}: {reason}")]
@@ -85,20 +75,21 @@ pub struct Sandboxes {
     inner: Arc<Inner>,
 }
 
-struct Inner {
-    deps: Deps,
-    settings: Settings,
-    ledger: Ledger,
-    untold: UntoldEnds,
-    scope: Scope,
-    starting: Semaphore,
-    templates: HashMap<BuildId, ReadyTemplate>,
-    unusable: Vec<Template>,
-    ended: broadcast::Sender<Ended>,
+pub(crate) struct Inner {
+    pub(crate) deps: Deps,
+    pub(crate) settings: Settings,
+    pub(crate) ledger: Ledger,
+    pub(crate) untold: UntoldEnds,
+    pub(crate) scope: Scope,
+    pub(crate) starting: Semaphore,
+    pub(crate) probes: Semaphore,
+    pub(crate) templates: HashMap<BuildId, Arc<ReadyTemplate>>,
+    pub(crate) unusable: Vec<Template>,
+    pub(crate) ended: broadcast::Sender<Ended>,
     // Held for look-ups and single changes only, never across a wait.
-    table: Mutex<Table>,
-    created: AtomicU64,
-    failed: AtomicU64,
+    pub(crate) table: Mutex<Table>,
+    pub(crate) created: AtomicU64,
+    pub(crate) failed: AtomicU64,
 }
 
 /// What sandboxes make of this host now.
@@ -146,6 +137,7 @@ impl Sandboxes {
         let (templates, unusable) = load_templates(&settings.templates_dir, &fingerprint)?;
         let inner = Inner {
             starting: Semaphore::new(settings.limits.starting_max),
+            probes: Semaphore::new(PROBES_MAX),
             deps,
             ledger,
             untold,
@@ -183,14 +175,14 @@ impl Sandboxes {
             return Err(CreateError::Closing);
         }
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
-        let (gone, gone_seen) = watch::channel(false);
+        let (end_at, end_seen) = watch::channel(request.end_at);
         let meta = &template.template.meta;
         let entry = Entry {
             execution_id: request.execution_id.clone(),
             commands,
             share: Allocated::one(meta.vcpus, meta.memory, meta.disk),
             running: None,
-            gone: gone_seen,
+            end_at: end_seen,
         };
         let disk_free_mib = self.inner.disk_free_mib();
         let limits = &self.inner.settings.limits;
@@ -198,8 +190,7 @@ impl Sandboxes {
         let (answer, answered) = oneshot::channel();
         let inner = self.inner.clone();
         self.inner.scope.spawn_shielded("sandbox owner", OnError::Log, async move {
-            inner.live(request, template, inbox, answer).await;
-            gone.send_replace(true);
+            inner.live(request, template, inbox, end_at, answer).await;
             Ok::<(), std::convert::Infallible>(())
         });
         answered.await.unwrap_or(Err(CreateError::Closing))
@@ -212,7 +203,7 @@ impl Sandboxes {
             .table()
             .iter()
             .filter(|(id, _)| after.is_none_or(|after| id.as_str() > after.as_str()))
-            .filter_map(|(_, entry)| entry.running.as_ref().map(Running::now))
+            .filter_map(|(_, entry)| entry.now())
             .collect();
         infos.sort_by(|a, b| a.sandbox_id.as_str().cmp(b.sandbox_id.as_str()));
         infos
@@ -304,8 +295,8 @@ impl Sandboxes {
         let missing = || SandboxNotFound { sandbox_id: sandbox_id.clone() };
         let (commands, mut gone) = self.inner.commands_of(sandbox_id).ok_or_else(missing)?;
         commands.send(Command::Kill).await.map_err(|_| missing())?;
-        // The sender lives in the owner's task, which sets it last; an error means it is over too.
-        let _owner_over = gone.wait_for(|gone| *gone).await.is_err();
+        // The sender lives in the sandbox's task, which drops it last.
+        while gone.changed().await.is_ok() {}
         Ok(())
     }
 
@@ -364,12 +355,12 @@ impl Sandboxes {
 }
 
 impl Inner {
-    fn table(&self) -> MutexGuard<'_, Table> {
+    pub(crate) fn table(&self) -> MutexGuard<'_, Table> {
         // A panic while it was held left at most one entry unmade: the map itself is whole.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn template(&self, build_id: &BuildId) -> Result<ReadyTemplate, CreateError> {
+    fn template(&self, build_id: &BuildId) -> Result<Arc<ReadyTemplate>, CreateError> {
         if let Some(template) = self.templates.get(build_id) {
             return Ok(template.clone());
         }
@@ -397,7 +388,7 @@ impl Inner {
                     disk_total_bytes: info.disk.bytes(),
                     ..figures
                 };
-                made(figures, info.started_at, clock::now(), query)
+                made(figures, info.started_at, self.deps.clock.now(), query)
             }
         }
     }
@@ -405,144 +396,45 @@ impl Inner {
     fn commands_of(
         &self,
         sandbox_id: &SandboxId,
-    ) -> Option<(mpsc::Sender<Command>, watch::Receiver<bool>)> {
+    ) -> Option<(mpsc::Sender<Command>, watch::Receiver<UnixMillis>)> {
         let table = self.table();
         let entry = table.get(sandbox_id)?;
-        Some((entry.commands.clone(), entry.gone.clone()))
-    }
-
-    /// The whole life of one sandbox. Runs shielded.
-    async fn live(
-        &self,
-        mut request: CreateSandbox,
-        template: ReadyTemplate,
-        mut inbox: mpsc::Receiver<Command>,
-        answer: oneshot::Sender<Result<SandboxInfo, CreateError>>,
-    ) {
-        reach(Point::BootIdTaken);
-        let started = self.start(&template, &mut request, &mut inbox).await;
-        let booted = match started {
-            Err(e) => {
-                self.not_started(&request, e, answer);
-                return;
-            }
-            Ok(booted) => booted,
-        };
-        let info = booted.info.clone();
-        let (end_at, end_seen) = watch::channel(info.end_at);
-        let log = SandboxLog::default();
-        let samples = Samples::default();
-        let running = Running { info: info.clone(), end_at: end_seen, log: log.clone(), samples };
-        self.table().runs(&request.sandbox_id, running);
-        self.created.fetch_add(1, Ordering::Relaxed);
-        info!(sandbox_id = %request.sandbox_id, build_id = %request.build_id, "sandbox runs");
-        reach(Point::BootBeforeAnswer);
-        let _caller_gone = answer.send(Ok(info)).is_err();
-        let CreateSandbox { sandbox_id, execution_id, .. } = request;
-        let reason = own(&sandbox_id, booted, inbox, end_at, &log, &self.untold, &self.scope).await;
-        self.table().leave(&sandbox_id);
-        reach(Point::OwnerBeforeNotice);
-        // Nobody may be listening, which is fine.
-        let _unheard = self.ended.send(Ended { sandbox_id, execution_id, reason }).is_err();
-        reach(Point::OwnerNoticeSent);
-    }
-
-    fn not_started(
-        &self,
-        request: &CreateSandbox,
-        error: CreateError,
-        answer: oneshot::Sender<Result<SandboxInfo, CreateError>>,
-    ) {
-        match &error {
-            CreateError::Refused { .. } | CreateError::Killed { .. } | CreateError::Closing => {
-                info!(sandbox_id = %request.sandbox_id, reason = %error, "sandbox does not start");
-            }
-            error => {
-                self.failed.fetch_add(1, Ordering::Relaxed);
-                let error = chain(error);
-                warn!(sandbox_id = %request.sandbox_id, error, "sandbox did not start");
-            }
-        }
-        self.table().leave(&request.sandbox_id);
-        let _caller_gone = answer.send(Err(error)).is_err();
-    }
-
-    /// Waits for a turn, boots, and does what was asked of the sandbox meanwhile.
-    async fn start(
-        &self,
-        template: &ReadyTemplate,
-        request: &mut CreateSandbox,
-        inbox: &mut mpsc::Receiver<Command>,
-    ) -> Result<Booted, CreateError> {
-        let killed = || CreateError::Killed { sandbox_id: request.sandbox_id.clone() };
-        let turn = self.turn(&mut request.end_at, inbox).await?.ok_or_else(killed)?;
-        let mut booted =
-            boot(&self.deps, &self.settings, &self.ledger, &self.scope, template, request).await?;
-        drop(turn);
-        let mut end_at = booted.info.end_at;
-        let asked_to_end = std::iter::from_fn(|| inbox.try_recv().ok())
-            .any(|command| command.while_starting(&mut end_at) == Starts::Not);
-        booted.info.end_at = end_at;
-        if !asked_to_end {
-            return Ok(booted);
-        }
-        let Booted { machine, control, undo, .. } = booted;
-        drop(control);
-        give_back(&request.sandbox_id, machine, undo, EndReason::Killed).await;
-        Err(CreateError::Killed { sandbox_id: request.sandbox_id.clone() })
-    }
-
-    /// Waits until this sandbox may start; `None` when it was killed first.
-    async fn turn(
-        &self,
-        end_at: &mut UnixMillis,
-        inbox: &mut mpsc::Receiver<Command>,
-    ) -> Result<Option<SemaphorePermit<'_>>, CreateError> {
-        let limits = &self.settings.limits;
-        let deadline = tokio::time::sleep(limits.starting_wait_max);
-        let turn = self.starting.acquire();
-        tokio::pin!(deadline, turn);
-        loop {
-            tokio::select! {
-                biased;
-                turn = &mut turn => return turn.map(Some).map_err(|_| CreateError::Closing),
-                () = self.scope.cancelled() => return Err(CreateError::Closing),
-                Some(command) = inbox.recv() => {
-                    if command.while_starting(end_at) == Starts::Not {
-                        return Ok(None);
-                    }
-                }
-                () = &mut deadline => {
-                    let waited_ms = limits.starting_wait_max.as_millis();
-                    let waited_ms = u64::try_from(waited_ms).unwrap_or(u64::MAX);
-                    let limit = Refused::StartingSlots { limit: limits.starting_max, waited_ms };
-                    return Err(CreateError::Refused { limit });
-                }
-            }
-        }
+        Some((entry.commands.clone(), entry.end_at.clone()))
     }
 }
 
-/// The templates this driver can restore, and those it cannot.
+/// The templates this driver can restore, and those it cannot. A folder that is none is passed over:
+/// one that was damaged must not keep the others from being used.
 fn load_templates(
     dir: &Path,
     fingerprint: &str,
-) -> Result<(HashMap<BuildId, ReadyTemplate>, Vec<Template>), OpenError> {
-    let templates = load_all(dir).map_err(|source| OpenError::Templates { source })?;
+) -> Result<(HashMap<BuildId, Arc<ReadyTemplate>>, Vec<Template>), OpenError> {
+    let templates = load_each(dir).map_err(|source| OpenError::Templates { source })?;
     let mut ready = HashMap::new();
     let mut unusable = Vec::new();
     for template in templates {
+        let template = match template {
+            Ok(template) => template,
+            Err(e) => {
+                warn!(error = %chain(&e), "a template folder is no template: passed over");
+                continue;
+            }
+        };
         if template.meta.fingerprint != fingerprint {
             unusable.push(template);
             continue;
         }
-        let base = BaseImage::open(&template.rootfs()).map_err(|source| OpenError::Disk {
-            build_id: template.meta.build_id.clone(),
-            source,
-        })?;
+        let base = match BaseImage::open(&template.rootfs()) {
+            Ok(base) => Arc::new(base),
+            Err(e) => {
+                let dir = template.dir.display();
+                warn!(%dir, error = %chain(&e), "a template's disk cannot be opened: passed over");
+                continue;
+            }
+        };
         let (build_id, envd_version) = (&template.meta.build_id, &template.meta.envd_version);
         let (build_id, envd_version) = (build_id.clone(), Arc::from(envd_version.as_str()));
-        ready.insert(build_id, ReadyTemplate { template, base: Arc::new(base), envd_version });
+        ready.insert(build_id, Arc::new(ReadyTemplate { template, base, envd_version }));
     }
     Ok((ready, unusable))
 }

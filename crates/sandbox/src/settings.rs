@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use belljar_daemon::clock::Clock;
 use belljar_network::Slots;
 use belljar_runtime::Runtime;
 
@@ -54,4 +55,6 @@ pub struct Deps {
     pub runtime: Arc<dyn Runtime>,
     /// The network slots.
     pub slots: Arc<dyn Slots>,
+    /// What ends of sandboxes go by.
+    pub clock: Clock,
 }

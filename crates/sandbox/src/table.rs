@@ -4,6 +4,7 @@
 //! its share come and go in one step.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use belljar_domain::{ExecutionId, SandboxId, UnixMillis};
 use tokio::sync::{mpsc, watch};
@@ -23,21 +24,21 @@ pub(crate) struct Entry {
     pub(crate) share: Allocated,
     /// Set once it runs.
     pub(crate) running: Option<Running>,
-    /// Turns true when nothing of it is left.
-    pub(crate) gone: watch::Receiver<bool>,
+    /// When it ends. Closed when nothing of it is left.
+    pub(crate) end_at: watch::Receiver<UnixMillis>,
 }
 
 pub(crate) struct Running {
-    pub(crate) info: SandboxInfo,
-    pub(crate) end_at: watch::Receiver<UnixMillis>,
+    pub(crate) info: Arc<SandboxInfo>,
     pub(crate) log: SandboxLog,
     pub(crate) samples: Samples,
 }
 
-impl Running {
-    /// What it is, with the end it has now.
-    pub(crate) fn now(&self) -> SandboxInfo {
-        SandboxInfo { end_at: *self.end_at.borrow(), ..self.info.clone() }
+impl Entry {
+    /// What it is, with the end it has now; `None` while it starts.
+    pub(crate) fn now(&self) -> Option<SandboxInfo> {
+        let running = self.running.as_ref()?;
+        Some(SandboxInfo { end_at: *self.end_at.borrow(), ..(*running.info).clone() })
     }
 }
 

@@ -4,12 +4,15 @@
 //! - [`rpc`]: generated Connect services of the guest daemon and the node (feature `rpc`).
 //! - [`refusal`]: why a node starts no sandbox, in a form both sides read (feature `rpc`).
 //! - [`guest`]: control messages between host and guest over virtio-serial (feature `guest`).
+//! - [`guest_metrics`]: what a guest says it uses (feature `guest`).
 //!
 //! Only this crate names wire fields. Services convert to `domain` types at their edge.
 #![forbid(unsafe_code)]
 
 #[cfg(feature = "guest")]
 pub mod guest;
+#[cfg(feature = "guest")]
+pub mod guest_metrics;
 #[cfg(any(feature = "guest", feature = "rest"))]
 mod log_level;
 #[cfg(feature = "rpc")]

@@ -1,0 +1,164 @@
+//! The whole life of one sandbox: its turn to start, its start, and then its owner.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use belljar_daemon::fault::{Point, reach};
+use belljar_domain::UnixMillis;
+use belljar_domain::lifecycle::EndReason;
+use tokio::sync::{SemaphorePermit, mpsc, oneshot, watch};
+use tracing::{info, warn};
+
+use crate::admission::Refused;
+use crate::boot::{Booted, CreateError, ReadyTemplate, boot};
+use crate::info::{CreateSandbox, Ended, SandboxInfo};
+use crate::log::SandboxLog;
+use crate::metrics::Samples;
+use crate::owner::{Command, Kept, Post, Starts, give_back, own};
+use crate::probe::Target;
+use crate::registry::{Inner, chain};
+use crate::settings::MetricsFrom;
+use crate::table::Running;
+
+impl Inner {
+    /// The whole life of one sandbox. Runs shielded. Whoever waits for the last of it waits until
+    /// `end_at` is dropped.
+    pub(crate) async fn live(
+        &self,
+        request: CreateSandbox,
+        template: Arc<ReadyTemplate>,
+        inbox: mpsc::Receiver<Command>,
+        end_at: watch::Sender<UnixMillis>,
+        answer: oneshot::Sender<Result<SandboxInfo, CreateError>>,
+    ) {
+        // On the heap, and gone with the start: a sandbox that lives needs none of it.
+        let begin = Box::pin(self.begin(request, template, inbox, &end_at, answer));
+        let Some((booted, inbox, kept)) = begin.await else { return };
+        let info = Arc::clone(&booted.info);
+        let post = Post {
+            clock: &self.deps.clock,
+            kept: &kept,
+            probes: &self.probes,
+            untold: &self.untold,
+            scope: &self.scope,
+        };
+        let reason = own(booted, inbox, &end_at, post).await;
+        self.table().leave(&info.sandbox_id);
+        let (sandbox_id, execution_id) = (info.sandbox_id.clone(), info.execution_id.clone());
+        reach(Point::OwnerBeforeNotice);
+        // Nobody may be listening, which is fine.
+        let _unheard = self.ended.send(Ended { sandbox_id, execution_id, reason }).is_err();
+        reach(Point::OwnerNoticeSent);
+    }
+
+    /// Starts the sandbox and tells everybody; `None` when it did not start.
+    async fn begin(
+        &self,
+        mut request: CreateSandbox,
+        template: Arc<ReadyTemplate>,
+        mut inbox: mpsc::Receiver<Command>,
+        end_at: &watch::Sender<UnixMillis>,
+        answer: oneshot::Sender<Result<SandboxInfo, CreateError>>,
+    ) -> Option<(Booted, mpsc::Receiver<Command>, Kept)> {
+        reach(Point::BootIdTaken);
+        let booted = match self.start(&template, &mut request, &mut inbox).await {
+            Err(e) => {
+                self.not_started(&request, e, answer);
+                return None;
+            }
+            Ok(booted) => booted,
+        };
+        let info = &booted.info;
+        end_at.send_replace(info.end_at);
+        let target = match self.settings.metrics {
+            MetricsFrom::Guests => {
+                let access_token = request.envd_access_token.take();
+                Some(Target { address: info.route_ip, access_token })
+            }
+            MetricsFrom::Made(_) => None,
+        };
+        let kept = Kept { log: SandboxLog::default(), samples: Samples::default(), target };
+        let (log, samples) = (kept.log.clone(), kept.samples.clone());
+        let running = Running { info: Arc::clone(info), log, samples };
+        self.table().runs(&info.sandbox_id, running);
+        self.created.fetch_add(1, Ordering::Relaxed);
+        info!(sandbox_id = %info.sandbox_id, build_id = %info.build_id, "sandbox runs");
+        reach(Point::BootBeforeAnswer);
+        let _caller_gone = answer.send(Ok((**info).clone())).is_err();
+        Some((booted, inbox, kept))
+    }
+
+    fn not_started(
+        &self,
+        request: &CreateSandbox,
+        error: CreateError,
+        answer: oneshot::Sender<Result<SandboxInfo, CreateError>>,
+    ) {
+        match &error {
+            CreateError::Refused { .. } | CreateError::Killed { .. } | CreateError::Closing => {
+                info!(sandbox_id = %request.sandbox_id, reason = %error, "sandbox does not start");
+            }
+            error => {
+                self.failed.fetch_add(1, Ordering::Relaxed);
+                let error = chain(error);
+                warn!(sandbox_id = %request.sandbox_id, error, "sandbox did not start");
+            }
+        }
+        self.table().leave(&request.sandbox_id);
+        let _caller_gone = answer.send(Err(error)).is_err();
+    }
+
+    /// Waits for a turn, boots, and does what was asked of the sandbox meanwhile.
+    async fn start(
+        &self,
+        template: &ReadyTemplate,
+        request: &mut CreateSandbox,
+        inbox: &mut mpsc::Receiver<Command>,
+    ) -> Result<Booted, CreateError> {
+        let killed = || CreateError::Killed { sandbox_id: request.sandbox_id.clone() };
+        let turn = self.turn(&mut request.end_at, inbox).await?.ok_or_else(killed)?;
+        let mut booted =
+            boot(&self.deps, &self.settings, &self.ledger, &self.scope, template, request).await?;
+        drop(turn);
+        let info = Arc::make_mut(&mut booted.info);
+        let asked_to_end = std::iter::from_fn(|| inbox.try_recv().ok())
+            .any(|command| command.while_starting(&mut info.end_at) == Starts::Not);
+        if !asked_to_end {
+            return Ok(booted);
+        }
+        let Booted { machine, control, undo, .. } = booted;
+        drop(control);
+        give_back(&request.sandbox_id, machine, undo, EndReason::Killed).await;
+        Err(CreateError::Killed { sandbox_id: request.sandbox_id.clone() })
+    }
+
+    /// Waits until this sandbox may start; `None` when it was killed first.
+    async fn turn(
+        &self,
+        end_at: &mut UnixMillis,
+        inbox: &mut mpsc::Receiver<Command>,
+    ) -> Result<Option<SemaphorePermit<'_>>, CreateError> {
+        let limits = &self.settings.limits;
+        let deadline = tokio::time::sleep(limits.starting_wait_max);
+        let turn = self.starting.acquire();
+        tokio::pin!(deadline, turn);
+        loop {
+            tokio::select! {
+                biased;
+                turn = &mut turn => return turn.map(Some).map_err(|_| CreateError::Closing),
+                () = self.scope.cancelled() => return Err(CreateError::Closing),
+                Some(command) = inbox.recv() => {
+                    if command.while_starting(end_at) == Starts::Not {
+                        return Ok(None);
+                    }
+                }
+                () = &mut deadline => {
+                    let waited_ms = limits.starting_wait_max.as_millis();
+                    let waited_ms = u64::try_from(waited_ms).unwrap_or(u64::MAX);
+                    let limit = Refused::StartingSlots { limit: limits.starting_max, waited_ms };
+                    return Err(CreateError::Refused { limit });
+                }
+            }
+        }
+    }
+}

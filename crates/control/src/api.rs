@@ -5,10 +5,12 @@ mod body;
 mod create;
 mod document;
 mod error;
+mod head;
 mod later;
 mod list;
 mod logs;
 mod page;
+mod path;
 mod query;
 mod rates;
 mod sandboxes;
@@ -36,6 +38,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
     document::serve(open.merge(of_teams(&app)))
         .method_not_allowed_fallback(no_such_method)
         .fallback(no_such_route)
+        .layer(from_fn(head::limit))
         .layer(from_fn_with_state(Arc::clone(&app), rates::per_address))
         .layer(from_fn(log_request))
         .with_state(app)

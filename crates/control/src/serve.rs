@@ -49,6 +49,10 @@ const FIRST_REQUEST_TIME: Duration = Duration::from_secs(15);
 const HEADER_TIME: Duration = Duration::from_secs(120);
 /// A silent HTTP/2 peer is asked for a sign of life this often.
 const H2_PING: Duration = Duration::from_secs(30);
+/// Headers of one request, in number and in bytes, that are read at all. The API's own limits are
+/// below and say so in its words.
+const MAX_HEADERS: usize = 200;
+const MAX_HEADER_BYTES: u32 = 128 << 10;
 /// Concurrent requests on one HTTP/2 connection.
 const H2_STREAMS: u32 = 250;
 /// Wait after the listener failed, so that a lack of file descriptors is no busy loop.
@@ -233,11 +237,17 @@ async fn connection(app: &App, router: axum::Router, stream: TcpStream, peer: So
         router.clone().oneshot(request)
     });
     let mut builder = auto::Builder::new(Spawner(app.scope.clone()));
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIME);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIME)
+        .max_headers(MAX_HEADERS)
+        .max_buf_size(MAX_HEADER_BYTES as usize);
     builder
         .http2()
         .timer(TokioTimer::new())
         .keep_alive_interval(H2_PING)
+        .max_header_list_size(MAX_HEADER_BYTES)
         .max_concurrent_streams(H2_STREAMS);
     let served = builder.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(served);

@@ -1,5 +1,4 @@
-//! Request bodies: bounded in size and time, JSON whatever their content type says, and an error
-//! that names the field.
+//! Request bodies: JSON, bounded in size, depth and time, and an error that names the field.
 
 use std::time::Duration;
 
@@ -15,13 +14,15 @@ use super::error::ApiError;
 
 /// Largest body read. Metadata and environments are the only large things a client sends here.
 const MAX_BYTES: usize = 8 << 20;
+/// Arrays and objects within each other. `serde_json` stops there too, but not in fields it skips.
+const MAX_DEPTH: usize = 128;
 /// Longest wait for the whole body.
 const MAX_TIME: Duration = Duration::from_secs(30);
 
 /// A JSON body that must be there.
 pub(crate) struct Json<T>(pub(crate) T);
 
-/// A JSON body; an empty one is `None`.
+/// A JSON body; an empty one is `None`, and so is `null`.
 pub(crate) struct OptionalJson<T>(pub(crate) Option<T>);
 
 impl<S: Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
@@ -42,8 +43,58 @@ impl<S: Sync, T: DeserializeOwned> FromRequest<S> for OptionalJson<T> {
         if body.iter().all(u8::is_ascii_whitespace) {
             return Ok(OptionalJson(None));
         }
-        parse(&body).map(|value| OptionalJson(Some(value)))
+        check_type(&parts.headers)?;
+        check_is_object(&body)?;
+        check_depth(&body)?;
+        parse(&body).map(OptionalJson)
     }
+}
+
+/// A body that says nothing of its type is believed to be JSON, one that says otherwise is not: a
+/// form of another site's page cannot pass for it.
+fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(()) };
+    let media = value.to_str().unwrap_or_default().split(';').next().unwrap_or_default();
+    let media = media.trim().to_ascii_lowercase();
+    let subtype = media.strip_prefix("application/").unwrap_or_default();
+    if subtype == "json" || subtype.ends_with("+json") {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        StatusCode::UNSUPPORTED_MEDIA_TYPE,
+        "the header Content-Type must be application/json",
+    ))
+}
+
+/// A list would fill the fields of a shape in their order.
+fn check_is_object(body: &[u8]) -> Result<(), ApiError> {
+    if body.trim_ascii_start().starts_with(b"[") {
+        return Err(ApiError::bad_request(
+            "the request body is not valid: it must be an object, not a list",
+        ));
+    }
+    Ok(())
+}
+
+/// Counts brackets outside of strings. What is not JSON is found by whoever parses it.
+fn check_depth(body: &[u8]) -> Result<(), ApiError> {
+    let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
+    for byte in body {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b'[' | b'{' if !in_string => depth += 1,
+            b']' | b'}' if !in_string => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        if depth > MAX_DEPTH {
+            return Err(ApiError::bad_request(format!(
+                "the request body is nested deeper than {MAX_DEPTH} levels"
+            )));
+        }
+    }
+    Ok(())
 }
 
 async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
@@ -77,7 +128,10 @@ fn too_large() -> ApiError {
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
-    let mut json = serde_json::Deserializer::from_slice(body);
+    // All of it, because the parser does not look into fields it skips.
+    let body = std::str::from_utf8(body)
+        .map_err(|e| ApiError::bad_request(format!("the request body is not valid UTF-8: {e}")))?;
+    let mut json = serde_json::Deserializer::from_str(body);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|e| {
         let path = e.path().to_string();
         let e = e.into_inner();
@@ -92,4 +146,40 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     json.end()
         .map_err(|e| ApiError::bad_request(format!("the request body is not valid JSON: {e}")))?;
     Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn depth_is_counted_outside_of_strings() {
+        let nested = |levels: usize| format!("{}{}", "[".repeat(levels), "]".repeat(levels));
+        assert_eq!(check_depth(nested(MAX_DEPTH).as_bytes()), Ok(()));
+        assert!(check_depth(nested(MAX_DEPTH + 1).as_bytes()).is_err());
+        let many = r#"{"a":[1]},"#.repeat(MAX_DEPTH * 2);
+        let text = format!(r#"["{}", "\"{}"]"#, nested(999), "[".repeat(999));
+        for body in [&many, &text] {
+            assert_eq!(check_depth(body.as_bytes()), Ok(()), "{body:.40}");
+        }
+    }
+
+    #[test]
+    fn only_json_passes_for_json() {
+        let checked = |media: &'static [u8]| {
+            let value = HeaderValue::from_bytes(media).expect("a header value");
+            check_type(&HeaderMap::from_iter([(header::CONTENT_TYPE, value)]))
+        };
+        for media in ["application/json", "Application/JSON; charset=utf-8", "application/a+json"] {
+            assert_eq!(checked(media.as_bytes()), Ok(()), "{media}");
+        }
+        for media in
+            ["", "text/plain", "application/x-www-form-urlencoded", "json", "text/json", "\u{fc}"]
+        {
+            assert!(checked(media.as_bytes()).is_err(), "{media}");
+        }
+        assert_eq!(check_type(&HeaderMap::new()), Ok(()));
+    }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use axum::Extension;
 use axum::Json as JsonAnswer;
-use axum::extract::{RawQuery, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use belljar_daemon::clock;
 use belljar_domain::{TemplateId, UnixMillis};
@@ -47,9 +47,8 @@ pub(crate) fn insert_next_token(headers: &mut HeaderMap, next: Option<String>) {
 pub(crate) async fn list_v1(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
-    RawQuery(query): RawQuery,
+    query: Query,
 ) -> Answer {
-    let query = Query::parse(query.as_deref())?;
     let filter = Filter { metadata: metadata(&query)?, template: None };
     let all = Range { order: Order::NewestFirst, after: None, started_from: None };
     let found = app.live.list(&team.id, clock::now(), &all);
@@ -81,9 +80,8 @@ pub(crate) async fn list_v1(
 pub(crate) async fn list_v2(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
-    RawQuery(query): RawQuery,
+    query: Query,
 ) -> Answer {
-    let query = Query::parse(query.as_deref())?;
     let wanted = Wanted::from_query(&query)?;
     let filter = Filter {
         metadata: metadata(&query)?,

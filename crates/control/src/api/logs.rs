@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use axum::Extension;
 use axum::Json as JsonAnswer;
-use axum::extract::{RawQuery, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use belljar_daemon::clock;
 use belljar_domain::UnixMillis;
@@ -47,13 +47,12 @@ pub(crate) async fn list_v1(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
     named: Named,
-    RawQuery(query): RawQuery,
+    query: Query,
 ) -> Answer {
-    let query = Query::parse(query.as_deref())?;
     let wanted = LogsWanted {
         cursor: time(&query, "start")?,
         // Clients of this version were never told a limit.
-        limit: number(&query, "limit", u32::MAX)?.min(MAX_LIMIT),
+        limit: query.number("limit", 0..=u32::MAX)?.map_or(MAX_LIMIT, |limit| limit.min(MAX_LIMIT)),
         backward: false,
         min_level: None,
         search: String::new(),
@@ -85,12 +84,11 @@ pub(crate) async fn list_v2(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
     named: Named,
-    RawQuery(query): RawQuery,
+    query: Query,
 ) -> Answer {
-    let query = Query::parse(query.as_deref())?;
     let wanted = LogsWanted {
         cursor: time(&query, "cursor")?,
-        limit: number(&query, "limit", MAX_LIMIT)?,
+        limit: query.number("limit", 0..=MAX_LIMIT)?.unwrap_or(MAX_LIMIT),
         backward: direction(&query)? == Direction::NewestFirst,
         min_level: query.get("level").map(level).transpose()?,
         search: search(&query)?.to_owned(),
@@ -123,16 +121,6 @@ fn time(query: &Query, name: &str) -> Result<Option<UnixMillis>, ApiError> {
         Ok(unix_ms) if unix_ms >= 0 => Ok(Some(UnixMillis(unix_ms))),
         _ => Err(ApiError::bad_request(format!(
             "the parameter '{name}' must be a time in milliseconds since 1970"
-        ))),
-    }
-}
-
-fn number(query: &Query, name: &str, max: u32) -> Result<u32, ApiError> {
-    match query.get(name).map(str::parse) {
-        None => Ok(MAX_LIMIT),
-        Some(Ok(number)) if number <= max => Ok(number),
-        Some(_) => Err(ApiError::bad_request(format!(
-            "the parameter '{name}' must be a number from 0 to {max}"
         ))),
     }
 }

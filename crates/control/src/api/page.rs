@@ -15,7 +15,7 @@ use super::query::Query;
 use super::shapes::time;
 use crate::live::Order;
 
-const MAX_LIMIT: usize = 100;
+const MAX_LIMIT: u32 = 100;
 
 /// Where an item stands in a list.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,15 +35,7 @@ pub(crate) struct Wanted {
 impl Wanted {
     /// Reads `limit`, `order` and `nextToken`.
     pub(crate) fn from_query(query: &Query) -> Result<Wanted, ApiError> {
-        let limit = match query.get("limit").map(str::parse) {
-            None => MAX_LIMIT,
-            Some(Ok(limit)) if (1..=MAX_LIMIT).contains(&limit) => limit,
-            Some(_) => {
-                return Err(ApiError::bad_request(format!(
-                    "the parameter 'limit' must be a number from 1 to {MAX_LIMIT}"
-                )));
-            }
-        };
+        let limit = query.number("limit", 1..=MAX_LIMIT)?.unwrap_or(MAX_LIMIT) as usize;
         let order = match query.get("order") {
             None | Some("desc") => Order::NewestFirst,
             Some("asc") => Order::OldestFirst,

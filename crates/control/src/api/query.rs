@@ -1,6 +1,10 @@
-//! Query parameters.
+//! Query parameters. Unknown ones are ignored: clients send what later servers understand.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+
+use axum::extract::FromRequestParts;
+use http::request::Parts;
 
 use super::error::ApiError;
 
@@ -10,11 +14,47 @@ pub(crate) struct Query {
     pairs: Vec<(String, String)>,
 }
 
+impl<S: Sync> FromRequestParts<S> for Query {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, ApiError> {
+        Query::parse(parts.uri.query())
+    }
+}
+
 impl Query {
     pub(crate) fn parse(text: Option<&str>) -> Result<Query, ApiError> {
-        let pairs = serde_urlencoded::from_str(text.unwrap_or_default())
+        let text = text.unwrap_or_default();
+        // The decoder below would put question marks in place of such bytes.
+        if String::from_utf8(percent_decoded_bytes(text)).is_err() {
+            return Err(ApiError::bad_request("the query is not valid: it is not UTF-8"));
+        }
+        let pairs: Vec<(String, String)> = serde_urlencoded::from_str(text)
             .map_err(|e| ApiError::bad_request(format!("the query is not valid: {e}")))?;
+        // No value means anything with a NUL in it, and a database may refuse to look for one.
+        if let Some((name, _)) = pairs.iter().find(|(_, value)| value.contains('\0')) {
+            return Err(ApiError::bad_request(format!(
+                "the parameter '{name}' must not contain a NUL character"
+            )));
+        }
         Ok(Query { pairs })
+    }
+
+    /// The value of `name` as a number within `range`.
+    pub(crate) fn number(
+        &self,
+        name: &str,
+        range: RangeInclusive<u32>,
+    ) -> Result<Option<u32>, ApiError> {
+        match self.get(name).map(str::parse) {
+            None => Ok(None),
+            Some(Ok(number)) if range.contains(&number) => Ok(Some(number)),
+            Some(_) => Err(ApiError::bad_request(format!(
+                "the parameter '{name}' must be a number from {} to {}",
+                range.start(),
+                range.end()
+            ))),
+        }
     }
 
     /// The value of `name`; `None` when it is absent or empty.
@@ -43,6 +83,10 @@ pub(crate) fn metadata_filter(text: &str) -> Result<BTreeMap<String, String>, Ap
 
 /// `text` with its `%XX` decoded; what is not valid that way is left as it is.
 fn percent_decoded(text: &str) -> String {
+    String::from_utf8(percent_decoded_bytes(text)).unwrap_or_else(|_| text.to_owned())
+}
+
+fn percent_decoded_bytes(text: &str) -> Vec<u8> {
     let mut decoded = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&byte, after)) = rest.split_first() {
@@ -59,7 +103,7 @@ fn percent_decoded(text: &str) -> String {
             }
         }
     }
-    String::from_utf8(decoded).unwrap_or_else(|_| text.to_owned())
+    decoded
 }
 
 #[cfg(test)]
@@ -97,6 +141,29 @@ mod tests {
         let query = Query::parse(Some("state=running,%20paused&state=&state=x")).expect("a query");
         assert_eq!(query.list("state").collect::<Vec<_>>(), ["running", "paused", "x"]);
         assert_eq!(query.get("absent"), None);
+    }
+
+    #[test]
+    fn numbers_have_a_range_and_a_name() {
+        let query = Query::parse(Some("a=7&b=8&c=-1&d=x&e=&f=99999999999")).expect("a query");
+        assert_eq!(query.number("a", 1..=7), Ok(Some(7)));
+        for absent in ["e", "nope"] {
+            assert_eq!(query.number(absent, 1..=7), Ok(None));
+        }
+        for name in ["b", "c", "d", "f"] {
+            let text = format!("the parameter '{name}' must be a number from 1 to 7");
+            assert_eq!(query.number(name, 1..=7), Err(ApiError::bad_request(text)));
+        }
+    }
+
+    #[test]
+    fn what_no_text_can_be_is_refused() {
+        for query in ["a=%ff", "%c3=1", "a=%ed%a0%80", "limit=%00", "a=b%00c"] {
+            assert!(Query::parse(Some(query)).is_err(), "{query} was accepted");
+        }
+        for query in ["", "&", "=", "a", "a=%C3%BC", "a=%", "a=%zz", "&&a=1=2"] {
+            assert!(Query::parse(Some(query)).is_ok(), "{query} was refused");
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::Extension;
 use axum::Json as JsonAnswer;
-use axum::extract::{FromRequestParts, Path, State};
+use axum::extract::{FromRequestParts, State};
 use axum::response::{IntoResponse, Response};
 use belljar_daemon::clock;
 use belljar_domain::SandboxId;
@@ -19,6 +19,7 @@ use utoipa::{IntoParams, PartialSchema as _};
 use super::auth::Caller;
 use super::body::{Json, OptionalJson};
 use super::error::ApiError;
+use super::path::Segments;
 use super::{create, shapes};
 use crate::app::App;
 use crate::creation;
@@ -53,9 +54,9 @@ impl<S: Send + Sync> FromRequestParts<S> for Named {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let Ok(Path(text)) = Path::<String>::from_request_parts(parts, state).await else {
-            return Err(ApiError::no_sandbox("?"));
-        };
+        let Segments(text) = Segments::<String>::from_request_parts(parts, state)
+            .await
+            .map_err(|_| ApiError::no_sandbox("?"))?;
         match text.parse() {
             Ok(id) => Ok(Named { id, text }),
             Err(_) => Err(ApiError::no_sandbox(&text)),

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::rejection::PathRejection;
-use axum::extract::{Path, RawQuery, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use belljar_wire::rest;
@@ -13,6 +12,7 @@ use super::auth::Caller;
 use super::error::ApiError;
 use super::list::insert_next_token;
 use super::page::{Position, Wanted};
+use super::path::Segments;
 use super::query::Query;
 use super::shapes;
 use crate::app::App;
@@ -27,7 +27,11 @@ type Answer = Result<Response, ApiError>;
     params(("teamID" = Option<String>, Query, description = "Ignored: the key says which team")),
     responses((status = 200, description = "All a team can use", body = Vec<rest::Template>)),
 )]
-pub(crate) async fn list_v1(State(app): State<Arc<App>>, Extension(_): Caller) -> Answer {
+pub(crate) async fn list_v1(
+    State(app): State<Arc<App>>,
+    Extension(_): Caller,
+    _ignored: Query,
+) -> Answer {
     let spawned = app.store.spawned().await?;
     let all = app.templates.all();
     let shown = all
@@ -52,9 +56,9 @@ pub(crate) async fn list_v1(State(app): State<Arc<App>>, Extension(_): Caller) -
 pub(crate) async fn list_v2(
     State(app): State<Arc<App>>,
     Extension(_): Caller,
-    RawQuery(query): RawQuery,
+    query: Query,
 ) -> Answer {
-    let wanted = Wanted::from_query(&Query::parse(query.as_deref())?)?;
+    let wanted = Wanted::from_query(&query)?;
     let spawned = app.store.spawned().await?;
     let all = app.templates.all();
     let (page, next) = wanted.take(all.iter().map(|placed| &placed.template), |t| Position {
@@ -80,9 +84,9 @@ pub(crate) async fn list_v2(
 pub(crate) async fn detail(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
-    named: Result<Path<String>, PathRejection>,
+    Segments(named): Segments<String>,
 ) -> Answer {
-    let template = find(&app, &team, named)?;
+    let template = find(&app, &team, &named)?;
     let spawned = app.store.spawned().await?;
     Ok(Json(rest::TemplateWithBuilds {
         template: shapes::template(&template, spawned.get(template.id.as_str())),
@@ -104,22 +108,15 @@ pub(crate) async fn detail(
 pub(crate) async fn alias(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
-    named: Result<Path<String>, PathRejection>,
+    Segments(named): Segments<String>,
 ) -> Answer {
-    let template = find(&app, &team, named)?;
+    let template = find(&app, &team, &named)?;
     Ok(Json(rest::TemplateAlias { template_id: template.id.to_string(), public: true })
         .into_response())
 }
 
 /// The template a path names by id or name.
-fn find(
-    app: &App,
-    team: &Team,
-    named: Result<Path<String>, PathRejection>,
-) -> Result<Template, ApiError> {
-    let Path(text) = named.map_err(|_| {
-        ApiError::bad_request("Invalid template reference: the path is not valid UTF-8")
-    })?;
+fn find(app: &App, team: &Team, text: &str) -> Result<Template, ApiError> {
     let reference: Reference = text.parse()?;
     Ok(app.templates.resolve(&reference, team)?.template)
 }

@@ -3,6 +3,7 @@
 mod document;
 mod endpoints;
 mod faults;
+mod hostile;
 mod logs;
 mod rates;
 mod support;

@@ -15,9 +15,11 @@ pub struct NewSandbox {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secure: Option<bool>,
     /// A template id or name, `[namespace/]name[:tag]`.
+    #[cfg_attr(feature = "openapi", schema(min_length = 1))]
     #[serde(rename = "templateID")]
     pub template_id: String,
     /// Seconds to live. Absent: 15 in version 1, 300 in version 2.
+    #[cfg_attr(feature = "openapi", schema(minimum = 1))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout: Option<i64>,
     /// Pause instead of kill when the time is up.
@@ -178,6 +180,7 @@ pub struct HeaderTransform {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ConnectSandbox {
     /// Seconds to live from now, at least.
+    #[cfg_attr(feature = "openapi", schema(minimum = 1))]
     pub timeout: i64,
     /// For a paused sandbox: false boots it cold.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -189,6 +192,7 @@ pub struct ConnectSandbox {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ConnectSandboxV2 {
     /// Seconds to live from now, at least. Absent: 300.
+    #[cfg_attr(feature = "openapi", schema(minimum = 1))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout: Option<i64>,
     /// For a paused sandbox: false boots it cold.
@@ -201,6 +205,7 @@ pub struct ConnectSandboxV2 {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct SetTimeout {
     /// Seconds to live from now; may shorten.
+    #[cfg_attr(feature = "openapi", schema(minimum = 1))]
     pub timeout: i64,
 }
 
@@ -209,6 +214,7 @@ pub struct SetTimeout {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct RefreshSandbox {
     /// Seconds to live from now, at least: 0 to 3600, where less than 15 counts as 15.
+    #[cfg_attr(feature = "openapi", schema(minimum = 0, maximum = 3600))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub duration: Option<i64>,
 }

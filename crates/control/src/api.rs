@@ -9,9 +9,11 @@ mod head;
 mod later;
 mod list;
 mod logs;
+mod metrics;
 mod page;
 mod path;
 mod query;
+mod range;
 mod rates;
 mod sandboxes;
 mod shapes;
@@ -54,6 +56,8 @@ fn of_teams(app: &Arc<App>) -> Routes {
         .routes(routes!(sandboxes::connect_v2))
         .routes(routes!(sandboxes::set_timeout))
         .routes(routes!(sandboxes::refresh))
+        .routes(routes!(metrics::of_many))
+        .routes(routes!(metrics::of_one))
         .routes(routes!(logs::list_v1))
         .routes(routes!(logs::list_v2))
         .routes(routes!(templates::list_v1))

@@ -2,6 +2,8 @@
 //!
 //! Answers are checked and turned into domain types here; nothing else sees the wire's shapes.
 
+mod metrics;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
@@ -22,6 +24,8 @@ use connectrpc::{ConnectError, ErrorCode};
 use http::Uri;
 use hyper::body::Incoming;
 use tracing::warn;
+
+pub(crate) use metrics::{Sample, Span};
 
 use crate::live::Observed;
 use crate::placement::Taken;

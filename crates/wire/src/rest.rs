@@ -6,6 +6,7 @@
 
 mod event;
 mod log;
+mod metrics;
 mod sandbox;
 mod template;
 
@@ -16,6 +17,7 @@ pub use event::{
     UpdateWebhook, Webhook, WebhookDelivery,
 };
 pub use log::{LogLevel, SandboxLog, SandboxLogEntry, SandboxLogs, SandboxLogsV2};
+pub use metrics::{MaxTeamMetric, SandboxMetric, SandboxesWithMetrics, TeamMetric};
 pub use sandbox::{
     AutoResume, ConnectSandbox, ConnectSandboxV2, EgressProxy, EgressProxyTls, HeaderTransform,
     Iam, IamToken, Lifecycle, ListedSandbox, NetworkRule, NewSandbox, RefreshSandbox, Sandbox,

@@ -137,6 +137,17 @@ impl ApiError {
         }
     }
 
+    /// The answer to a question a node did not answer; `message` tells the client so.
+    pub(crate) fn of_node(error: &NodeCallError, message: &str) -> Self {
+        log(error);
+        match error.kind() {
+            kind @ (Kind::Timeout | Kind::Unavailable | Kind::Cancelled) => {
+                Self::of_kind(kind, message)
+            }
+            _ => Self::internal(),
+        }
+    }
+
     /// The answer to a create the node did not do.
     fn of_create(error: &NodeCallError) -> Self {
         if error.kind() == Kind::Invalid {

@@ -17,8 +17,6 @@ const DELETE: MethodFilter = MethodFilter::DELETE;
 
 /// One line moves out of here with the handler that makes it true.
 const LATER: &[(MethodFilter, &str)] = &[
-    (GET, "/sandboxes/metrics"),
-    (GET, "/sandboxes/{id}/metrics"),
     (POST, "/sandboxes/{id}/pause"),
     (POST, "/sandboxes/{id}/resume"),
     (POST, "/sandboxes/{id}/fork"),

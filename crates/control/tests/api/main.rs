@@ -5,5 +5,6 @@ mod endpoints;
 mod faults;
 mod hostile;
 mod logs;
+mod metrics;
 mod rates;
 mod support;

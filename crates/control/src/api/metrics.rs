@@ -1,0 +1,113 @@
+//! What sandboxes use. Source: contract section 1.2.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::Json as JsonAnswer;
+use axum::extract::{RawQuery, State};
+use axum::response::{IntoResponse, Response};
+use belljar_daemon::clock;
+use belljar_domain::SandboxId;
+use belljar_wire::rest;
+
+use super::auth::Caller;
+use super::error::ApiError;
+use super::query::Query;
+use super::range::range;
+use super::sandboxes::Named;
+use super::shapes;
+use crate::app::App;
+use crate::node::{Sample, Span};
+
+/// Sandboxes in one request. Source: contract section 9.
+const MAX_IDS: usize = 100;
+
+type Answer = Result<Response, ApiError>;
+
+/// Shows what a sandbox used, oldest first: every 5 seconds for the last hour, every minute for the
+/// day before.
+#[utoipa::path(
+    get, path = "/sandboxes/{id}/metrics", tag = "sandboxes",
+    params(
+        Named,
+        ("start" = Option<i64>, Query, description = "Not before this time, in seconds since 1970", minimum = 0, maximum = 253402300799_i64),
+        ("end" = Option<i64>, Query, description = "Not after this time, in seconds since 1970", minimum = 0, maximum = 253402300799_i64),
+    ),
+    responses(
+        (status = 200, description = "The samples", body = Vec<rest::SandboxMetric>),
+        (status = 404, description = "There is no such sandbox"),
+        (status = 504, description = "Its node did not answer in time"),
+    ),
+)]
+pub(crate) async fn of_one(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    named: Named,
+    RawQuery(query): RawQuery,
+) -> Answer {
+    let (start, end) = range(&Query::parse(query.as_deref())?)?;
+    let sandbox = app
+        .live
+        .find(&named.id, &team.id, clock::now())
+        .ok_or_else(|| ApiError::no_sandbox(&named.text))?;
+    let samples = app
+        .node
+        .samples(&sandbox.id, Span { start, end })
+        .await
+        .map_err(|error| ApiError::of_sandbox(error.kind(), &error, &named.text))?;
+    let metrics: Vec<_> = samples.iter().map(metric).collect();
+    Ok(JsonAnswer(metrics).into_response())
+}
+
+/// Shows what several sandboxes use now. Unknown ones are left out.
+#[utoipa::path(
+    get, path = "/sandboxes/metrics", tag = "sandboxes",
+    params(("sandbox_ids" = Vec<String>, Query, style = Form, explode = false, description = "Their ids, separated by commas", min_items = 1, max_items = 100)),
+    responses(
+        (status = 200, description = "The newest sample of each", body = rest::SandboxesWithMetrics),
+        (status = 504, description = "Their node did not answer in time"),
+    ),
+)]
+pub(crate) async fn of_many(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    RawQuery(query): RawQuery,
+) -> Answer {
+    let query = Query::parse(query.as_deref())?;
+    let asked: Vec<&str> = query.list("sandbox_ids").take(MAX_IDS + 1).collect();
+    if asked.is_empty() || asked.len() > MAX_IDS {
+        return Err(ApiError::bad_request(format!(
+            "the parameter 'sandbox_ids' must name 1 to {MAX_IDS} sandboxes, separated by commas"
+        )));
+    }
+    let now = clock::now();
+    let own = |text: &&str| {
+        let id: SandboxId = text.parse().ok()?;
+        app.live.find(&id, &team.id, now).map(|_| id)
+    };
+    let ids: Vec<SandboxId> = asked.iter().filter_map(own).collect();
+    let mut sandboxes = BTreeMap::new();
+    if !ids.is_empty() {
+        let newest = app.node.newest_samples(&ids).await.map_err(|error| {
+            ApiError::of_node(&error, "the node did not say what its sandboxes use; try again")
+        })?;
+        sandboxes.extend(newest.into_iter().map(|(id, sample)| (id.to_string(), metric(&sample))));
+    }
+    Ok(JsonAnswer(rest::SandboxesWithMetrics { sandboxes }).into_response())
+}
+
+fn metric(sample: &Sample) -> rest::SandboxMetric {
+    let bytes = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+    rest::SandboxMetric {
+        timestamp: shapes::time(sample.at),
+        timestamp_unix: sample.at.0.div_euclid(1000),
+        cpu_count: sample.cpu_count,
+        cpu_used_pct: sample.cpu_used_percent,
+        mem_used: bytes(sample.mem_used_bytes),
+        mem_total: bytes(sample.mem_total_bytes),
+        mem_cache: bytes(sample.mem_cache_bytes),
+        disk_used: bytes(sample.disk_used_bytes),
+        disk_total: bytes(sample.disk_total_bytes),
+    }
+}

@@ -1,8 +1,10 @@
 //! A real `belljar up` process, driven over its sockets.
 #![allow(dead_code, unreachable_pub, reason = "each test program uses its own part of this file")]
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{self, BufRead as _, BufReader};
 use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -60,6 +62,16 @@ impl Server {
         (status, serde_json::from_str(&text).unwrap_or(Value::Null))
     }
 
+    /// The same to a server that may end meanwhile: `None` when there is no answer.
+    pub fn try_api(&self, method: &str, path: &str, body: Option<Value>) -> Option<(u16, Value)> {
+        let key = self.text("api_key");
+        let headers = format!("X-API-Key: {key}\r\nContent-Type: application/json\r\n");
+        let body = body.map_or_else(String::new, |b| b.to_string());
+        let answer = try_exchange(self.text("api_url"), method, path, &headers, &body);
+        let (status, text) = answer.ok()?;
+        Some((status, serde_json::from_str(&text).unwrap_or(Value::Null)))
+    }
+
     /// One GET through the proxy.
     pub fn traffic(&self, id: &str, port: u16, path: &str, more: &str) -> (u16, String) {
         let headers = format!("E2b-Sandbox-Id: {id}\r\nE2b-Sandbox-Port: {port}\r\n{more}");
@@ -83,6 +95,17 @@ impl Server {
         self.signal(rustix::process::Signal::TERM);
         let status = self.child.wait().expect("the server can be waited for");
         assert!(status.success(), "the server ended with {status}");
+    }
+
+    /// Waits until it has died of SIGKILL by itself.
+    pub fn dies(mut self, why: &str) {
+        let mut status = None;
+        wait_until(&format!("death at {why}"), || {
+            status = self.child.try_wait().expect("the server can be waited for");
+            status.is_some()
+        });
+        let signal = status.and_then(|status| status.signal());
+        assert_eq!(signal, Some(rustix::process::Signal::KILL.as_raw()), "{why}: {status:?}");
     }
 
     /// Kills it as the kernel would.
@@ -114,23 +137,57 @@ pub fn node(data: &Path) -> Command {
     command
 }
 
-/// One HTTP/1.1 exchange on a connection of its own.
+/// One HTTP/1.1 exchange on a connection of its own, with a server that answers.
 fn exchange(base: &str, method: &str, path: &str, headers: &str, body: &str) -> (u16, String) {
+    try_exchange(base, method, path, headers, body).expect("the server answers")
+}
+
+/// The same with a server that may end meanwhile.
+fn try_exchange(
+    base: &str,
+    method: &str,
+    path: &str,
+    headers: &str,
+    body: &str,
+) -> io::Result<(u16, String)> {
     let host = base.strip_prefix("http://").expect("a plain URL");
-    let mut stream = TcpStream::connect(host).expect("the server listens");
-    stream.set_read_timeout(Some(Duration::from_secs(30))).expect("a socket option");
+    let stream = TcpStream::connect(host)?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    converse(stream, host, method, path, headers, body)
+}
+
+/// One call of a node's RPC, in its JSON form.
+pub fn node_call(socket: &Path, procedure: &str) -> Value {
+    let stream = UnixStream::connect(socket).expect("the node listens");
+    let path = format!("/belljar.node.v1.NodeService/{procedure}");
+    let headers = "Content-Type: application/json\r\n";
+    let (status, text) =
+        converse(stream, "node", "POST", &path, headers, "{}").expect("the node answers");
+    assert_eq!(status, 200, "{text}");
+    serde_json::from_str(&text).expect("JSON")
+}
+
+fn converse(
+    mut stream: impl io::Read + io::Write,
+    host: &str,
+    method: &str,
+    path: &str,
+    headers: &str,
+    body: &str,
+) -> io::Result<(u16, String)> {
     let length = body.len();
     let request = format!(
         "{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\
          Content-Length: {length}\r\n{headers}\r\n{body}"
     );
-    stream.write_all(request.as_bytes()).expect("the request is taken");
+    stream.write_all(request.as_bytes())?;
     let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("an answer in UTF-8");
-    let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
+    stream.read_to_string(&mut answer)?;
+    let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
+    let status = status.ok_or(io::ErrorKind::UnexpectedEof)?;
     let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body).to_owned();
     let chunked = answer.to_ascii_lowercase().contains("transfer-encoding: chunked");
-    (status, if chunked { unchunk(&body) } else { body })
+    Ok((status, if chunked { unchunk(&body) } else { body }))
 }
 
 fn unchunk(body: &str) -> String {

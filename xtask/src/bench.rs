@@ -2,6 +2,7 @@
 //!
 //! Nothing here is a test: the figures go to `docs/performance.md` with their conditions.
 
+mod control;
 mod envelopes;
 mod http;
 mod native;
@@ -25,6 +26,11 @@ const LIMIT: Duration = Duration::from_secs(900);
 /// Times the guest daemon alone, without a sandbox. `false` if a target was missed.
 pub(crate) fn envd(places: &Places, program: Option<PathBuf>, only: &[String]) -> Result<bool> {
     native::run(places, program, only)
+}
+
+/// Times the control plane on the fake driver. `false` if a target was missed.
+pub(crate) fn control(places: &Places, program: Option<PathBuf>, live: u32) -> Result<bool> {
+    control::run(places, program, live)
 }
 
 /// `false` if a target was missed or the benchmark did not run.

@@ -75,6 +75,15 @@ enum BenchOnly {
         /// Only these of: weights, commands, streams, downloads, uploads.
         parts: Vec<String>,
     },
+    /// Time the control plane on the fake driver, on SQLite and on PostgreSQL, without root.
+    Control {
+        /// A server built already; without it an optimised one is built.
+        #[arg(long)]
+        program: Option<PathBuf>,
+        /// How many sandboxes live when pages and memory are measured.
+        #[arg(long, default_value_t = 10_000)]
+        live: u32,
+    },
 }
 
 fn main() -> ExitCode {
@@ -104,6 +113,9 @@ fn run(verb: Verb) -> Result<bool> {
         }
         Verb::Bench { only: Some(BenchOnly::Envd { program, parts }), .. } => {
             bench::envd(&places, program, &parts)
+        }
+        Verb::Bench { only: Some(BenchOnly::Control { program, live }), .. } => {
+            bench::control(&places, program, live)
         }
         Verb::Bench { dev, only: None } => bench::run(&places, BuildKind::from_release(!dev)),
         Verb::Check => check::run(&places),

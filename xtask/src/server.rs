@@ -105,7 +105,12 @@ impl Server {
         Server::start_with(command, data, &places.logs().join("server-fake.log"))
     }
 
-    fn start_with(mut command: Command, data: PathBuf, log_path: &Path) -> Result<Server> {
+    /// Starts `belljar up` by a command that names the program, and its options by environment.
+    pub(crate) fn start_with(
+        mut command: Command,
+        data: PathBuf,
+        log_path: &Path,
+    ) -> Result<Server> {
         let (api_port, proxy_port) = (free_port(API_PORT)?, free_port(PROXY_PORT)?);
         let before = Traces::find(&data, "");
         let log = File::create(log_path)
@@ -129,6 +134,29 @@ impl Server {
                 )))
             }
         }
+    }
+
+    /// Memory of the server's process that is in RAM, in MiB.
+    pub(crate) fn resident_mib(&self) -> Result<f64> {
+        let pid = self.process.pid.as_raw_nonzero();
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))
+            .context("cannot read what the server weighs")?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.trim().split(' ').next()?.parse::<u32>().ok());
+        Ok(f64::from(kib.context("the kernel does not say what the server weighs")?) / 1024.0)
+    }
+
+    /// Processor time the server has used, in ms.
+    pub(crate) fn processor_ms(&self) -> Result<f64> {
+        let pid = self.process.pid.as_raw_nonzero();
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))
+            .context("cannot read what the server has used")?;
+        // After the name, which may hold spaces: state is the first, user time the twelfth field.
+        let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields).split(' ');
+        let ticks: u32 =
+            fields.skip(11).take(2).filter_map(|field| field.parse::<u32>().ok()).sum();
+        let a_second = rustix::param::clock_ticks_per_second();
+        Ok(f64::from(ticks) * 1000.0 / f64::from(u32::try_from(a_second)?))
     }
 
     /// Adds what an SDK needs to a command's environment.
@@ -157,7 +185,7 @@ impl Server {
 }
 
 /// Makes a template `base` for the fake runtime, from an empty kernel and an empty disk.
-fn fake_template(program: &Path, data: &Path) -> Result<()> {
+pub(crate) fn fake_template(program: &Path, data: &Path) -> Result<()> {
     let (kernel, rootfs) = (data.join("no-kernel"), data.join("no-rootfs"));
     for file in [&kernel, &rootfs] {
         File::create(file)

@@ -55,6 +55,14 @@ impl std::fmt::Display for SetupFailed {
 
 impl std::error::Error for SetupFailed {}
 
+const BELLJAR: Step = Step {
+    name: "belljar",
+    why: "the server and command line",
+    needs: &[],
+    fix: "the compiler's message is above; `cargo build -p belljar-cli` repeats it",
+    run: binaries::belljar,
+};
+
 const STEPS: &[Step] = &[
     Step {
         name: "packages",
@@ -63,13 +71,7 @@ const STEPS: &[Step] = &[
         fix: "run `apt-get update` by hand and read what it says, then try again",
         run: packages::install,
     },
-    Step {
-        name: "belljar",
-        why: "the server and command line",
-        needs: &[],
-        fix: "the compiler's message is above; `cargo build -p belljar-cli` repeats it",
-        run: binaries::belljar,
-    },
+    BELLJAR,
     Step {
         name: "envd",
         why: "the static daemon inside every sandbox",
@@ -126,6 +128,9 @@ const NATIVE_BENCH_STEPS: &[Step] = &[
     },
 ];
 
+/// What the benchmark of the control plane needs.
+const CONTROL_BENCH_STEPS: &[Step] = &[BELLJAR];
+
 /// Runs the steps of the native benchmark only. The caller holds the cache's lock.
 ///
 /// # Errors
@@ -134,6 +139,19 @@ pub(crate) fn for_native_bench(places: &Places) -> Result<()> {
     std::fs::create_dir_all(places.assets())?;
     let goal = Goal { build: BuildKind::Release, data: places.test_data() };
     steps::run_all(NATIVE_BENCH_STEPS, places, &goal).map_err(|failure| {
+        failure.show();
+        anyhow::Error::from(SetupFailed)
+    })?;
+    Ok(())
+}
+
+/// Builds the server only, optimised. The caller holds the cache's lock.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn for_control_bench(places: &Places) -> Result<()> {
+    let goal = Goal { build: BuildKind::Release, data: places.test_data() };
+    steps::run_all(CONTROL_BENCH_STEPS, places, &goal).map_err(|failure| {
         failure.show();
         anyhow::Error::from(SetupFailed)
     })?;

@@ -4,6 +4,8 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -17,11 +19,18 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 
 /// One keep-alive connection.
 pub(super) struct Connection {
-    stream: TcpStream,
+    stream: Box<dyn Stream>,
+    /// Of the last answer.
+    head: String,
     buffer: Vec<u8>,
     start: usize,
     end: usize,
 }
+
+/// What a connection goes over.
+trait Stream: Read + Write + Send {}
+
+impl<S: Read + Write + Send> Stream for S {}
 
 /// What of an answer's head matters here.
 #[derive(Debug, Clone, Copy)]
@@ -37,7 +46,28 @@ impl Connection {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(SILENCE_LIMIT))?;
         stream.set_write_timeout(Some(SILENCE_LIMIT))?;
-        Ok(Connection { stream, buffer: vec![0; READ_BYTES], start: 0, end: 0 })
+        Ok(Connection::over(stream))
+    }
+
+    /// A connection to a unix socket.
+    pub(super) fn open_unix(path: &Path) -> Result<Connection> {
+        let stream = UnixStream::connect(path).context("cannot connect")?;
+        stream.set_read_timeout(Some(SILENCE_LIMIT))?;
+        stream.set_write_timeout(Some(SILENCE_LIMIT))?;
+        Ok(Connection::over(stream))
+    }
+
+    fn over(stream: impl Stream + 'static) -> Connection {
+        let (stream, buffer) = (Box::new(stream), vec![0; READ_BYTES]);
+        Connection { stream, head: String::new(), buffer, start: 0, end: 0 }
+    }
+
+    /// A header of the last answer.
+    pub(super) fn header(&self, wanted: &str) -> Option<&str> {
+        self.head.split("\r\n").skip(1).find_map(|line| {
+            let (name, value) = line.split_once(':')?;
+            name.eq_ignore_ascii_case(wanted).then(|| value.trim())
+        })
     }
 
     /// Sends a request whose body is in memory.
@@ -77,7 +107,9 @@ impl Connection {
         loop {
             let ready = &self.buffer[self.start..self.end];
             if let Some(length) = ready.windows(4).position(|four| four == b"\r\n\r\n") {
-                let head = parse(&String::from_utf8_lossy(&ready[..length]))?;
+                self.head.clear();
+                self.head.push_str(&String::from_utf8_lossy(&ready[..length]));
+                let head = parse(&self.head)?;
                 self.start += length + 4;
                 return Ok(head);
             }

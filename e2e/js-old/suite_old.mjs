@@ -3,6 +3,7 @@
 import assert from 'node:assert/strict'
 
 import {
+  AuthenticationError,
   CommandExitError,
   InvalidArgumentError,
   NotFoundError,
@@ -175,6 +176,37 @@ async function lifecycle({ sandbox, options }) {
   assert.equal(await sandbox.isRunning(), true)
 }
 
+/** What this generation asks of the API beyond the life of one sandbox. */
+async function control({ sandbox, options }) {
+  const other = await Sandbox.create('base', { metadata: suite.metadata, ...options })
+  const both = [sandbox.sandboxId, other.sandboxId].sort()
+  for (const [state, wanted] of [
+    [undefined, both],
+    [['running'], both],
+    [['paused'], []],
+  ]) {
+    const query = { metadata: suite.metadata, state }
+    const pages = Sandbox.list({ query, limit: 1, ...options })
+    const found = []
+    while (pages.hasNext) found.push(...(await pages.nextItems()).map((entry) => entry.sandboxId))
+    assert.deepEqual(found.sort(), wanted, `pages of one, state ${state}`)
+  }
+  await Sandbox.setTimeout(other.sandboxId, 60_000, options)
+  const { startedAt, endAt } = await Sandbox.getInfo(other.sandboxId, options)
+  assert.ok(endAt - startedAt > 55_000 && endAt - startedAt < 250_000, 'how long it lives')
+  const samples = await until(60_000, 'a sample', async () => {
+    const found = await Sandbox.getMetrics(other.sandboxId, options)
+    return found.length > 0 && found
+  })
+  assert.ok(samples.at(-1).memUsed < samples.at(-1).memTotal, 'memory')
+  assert.equal(await Sandbox.kill(other.sandboxId, options), true)
+  assert.equal(await Sandbox.kill(other.sandboxId, options), false)
+  await failure(NotFoundError, Sandbox.connect(other.sandboxId, options))
+  await failure(SandboxError, Sandbox.create('no-such-template', options))
+  const wrong = { ...options, apiKey: 'e2b_' + '0'.repeat(40) }
+  await failure(AuthenticationError, Sandbox.getInfo(sandbox.sandboxId, wrong))
+}
+
 async function everyMethodCalled({ recorder }) {
   assert.ok(recorder.used.size >= 25, `only ${recorder.used.size} members found`)
   assert.deepEqual(recorder.unused(), [])
@@ -199,7 +231,8 @@ async function main(domain) {
     recorder.watch(sandbox.files, 'Filesystem')
     return { sandbox, recorder, options }
   })
-  const bodies = [commands, background, pty, files, watch, everyMethodCalled, lifecycle, kill]
+  const bodies = [commands, background, pty, files, watch, everyMethodCalled, lifecycle]
+  bodies.push(control, kill)
   for (const body of bodies) await suite.check(body.name, body, [context])
 }
 

@@ -171,6 +171,33 @@ def lifecycle(client, sandbox):
     equal(sandbox.is_running(), True, "is_running")
 
 
+def control(client, sandbox):
+    """What this generation asks of the API beyond the life of one sandbox."""
+    sdk, options = client.e2b.Sandbox, client.options
+    other = client.create(allow_internet_access=False)
+    both = sorted([sandbox.sandbox_id, other.sandbox_id])
+    for state, wanted in ((None, both), ("running", both), ("paused", [])):
+        states = state and [client.e2b.SandboxState(state)]
+        query = client.e2b.SandboxQuery(metadata=suite.metadata, state=states)
+        pages, found = sdk.list(query=query, limit=1, **options), []
+        while pages.has_next:
+            found += [entry.sandbox_id for entry in pages.next_items()]
+        equal(sorted(found), wanted, f"pages of one, state {state}")
+    sdk.set_timeout(other.sandbox_id, 60, **options)
+    info = sdk.get_info(other.sandbox_id, **options)
+    lasts = (info.end_at - info.started_at).total_seconds()
+    true(55 < lasts < 300, f"it lives for {lasts} s")
+    samples = until(60, "a sample", lambda: other.get_metrics(), pause_s=1)
+    true(0 < samples[-1].mem_used < samples[-1].mem_total, f"memory: {samples[-1]}")
+    equal(len(sdk.get_metrics(other.sandbox_id, **options)) >= 1, True, "samples by the class")
+    equal(sdk.kill(other.sandbox_id, **options), True, "kill by the class")
+    equal(sdk.kill(other.sandbox_id, **options), False, "second kill")
+    raises(client.e2b.NotFoundException, sdk.connect, other.sandbox_id, **options)
+    raises(client.e2b.SandboxException, client.e2b.Sandbox.create, "no-such-template", **options)
+    wrong = {**options, "api_key": "e2b_" + "0" * 40}
+    raises(client.e2b.AuthenticationException, sandbox.get_info, **wrong)
+
+
 def kill(sandbox):
     equal(sandbox.kill(), True, "first kill")
     equal(sandbox.kill(), False, "second kill")
@@ -211,6 +238,7 @@ def main():
             scene(body.__name__, body, client, sandbox)
         scene("every_method_called", every_method_called, client)
         scene("lifecycle", lifecycle, client, sandbox)
+        scene("control", control, client, sandbox)
         scene("kill", kill, sandbox)
 
 

@@ -73,9 +73,11 @@ def request(base_url, method, path, body=None, headers=None, timeout_s=60):
 
 
 def api(method, path, body=None, key=None, timeout_s=60, headers=None):
-    """A control-plane request. `body` is encoded as JSON unless it is bytes already; `headers` come
-    beside the key's, or in its place."""
-    headers = {"X-API-Key": setting("E2B_API_KEY") if key is None else key, **(headers or {})}
+    """A control-plane request. `body` is encoded as JSON unless it is bytes already; `key` is False
+    for a request without one."""
+    headers = dict(headers or {})
+    if key is not False:
+        headers["X-API-Key"] = setting("E2B_API_KEY") if key is None else key
     if body is not None:
         headers["Content-Type"] = "application/json"
         body = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -159,12 +159,14 @@ impl Server {
         Ok(f64::from(ticks) * 1000.0 / f64::from(u32::try_from(a_second)?))
     }
 
-    /// Adds what an SDK needs to a command's environment.
+    /// Adds what an SDK needs to a command's environment, and where the operator's token is. Only
+    /// who runs the server can read that file.
     pub(crate) fn describe_to(&self, command: &mut Command) {
         command
             .env("E2B_API_KEY", &self.ready.api_key)
             .env("E2B_API_URL", &self.ready.api_url)
-            .env("E2B_SANDBOX_URL", &self.ready.sandbox_url);
+            .env("E2B_SANDBOX_URL", &self.ready.sandbox_url)
+            .env("BELLJAR_ADMIN_TOKEN_FILE", self.data.join("admin-token"));
     }
 
     /// Ends the server as a service manager would, and looks at what it left.

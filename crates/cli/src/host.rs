@@ -75,7 +75,7 @@ impl Host {
     /// Serves the node RPC on `socket` in `scope`; returns once it answers.
     pub(crate) async fn start_node(&self, socket: PathBuf, scope: &Scope) -> Result<()> {
         let config = belljar_node::Config {
-        commit: option_env!("BELLJAR_COMMIT").unwrap_or_default().to_owned(),
+            commit: option_env!("BELLJAR_COMMIT").unwrap_or_default().to_owned(),
             node_id: self.tag.clone(),
             socket,
             tier: self.isolation.runtime.tier(),

@@ -1,15 +1,16 @@
 //! What sandboxes use. Source: contract section 1.2.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use axum::Extension;
 use axum::Json as JsonAnswer;
-use axum::extract::{RawQuery, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use belljar_daemon::clock;
 use belljar_domain::SandboxId;
 use belljar_wire::rest;
+use futures::future::join_all;
 
 use super::auth::Caller;
 use super::error::ApiError;
@@ -19,6 +20,7 @@ use super::sandboxes::Named;
 use super::shapes;
 use crate::app::App;
 use crate::node::{Sample, Span};
+use crate::nodes::NodeIx;
 
 /// Sandboxes in one request. Source: contract section 9.
 const MAX_IDS: usize = 100;
@@ -44,15 +46,16 @@ pub(crate) async fn of_one(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
     named: Named,
-    RawQuery(query): RawQuery,
+    query: Query,
 ) -> Answer {
-    let (start, end) = range(&Query::parse(query.as_deref())?)?;
+    let (start, end) = range(&query)?;
     let sandbox = app
         .live
         .find(&named.id, &team.id, clock::now())
         .ok_or_else(|| ApiError::no_sandbox(&named.text))?;
     let samples = app
-        .node
+        .node_of(&sandbox)
+        .rpc
         .samples(&sandbox.id, Span { start, end })
         .await
         .map_err(|error| ApiError::of_sandbox(error.kind(), &error, &named.text))?;
@@ -72,9 +75,8 @@ pub(crate) async fn of_one(
 pub(crate) async fn of_many(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
-    RawQuery(query): RawQuery,
+    query: Query,
 ) -> Answer {
-    let query = Query::parse(query.as_deref())?;
     let asked: Vec<&str> = query.list("sandbox_ids").take(MAX_IDS + 1).collect();
     if asked.is_empty() || asked.len() > MAX_IDS {
         return Err(ApiError::bad_request(format!(
@@ -82,15 +84,18 @@ pub(crate) async fn of_many(
         )));
     }
     let now = clock::now();
-    let own = |text: &&str| {
-        let id: SandboxId = text.parse().ok()?;
-        app.live.find(&id, &team.id, now).map(|_| id)
-    };
-    let ids: Vec<SandboxId> = asked.iter().filter_map(own).collect();
+    let mut by_node: HashMap<NodeIx, Vec<SandboxId>> = HashMap::new();
+    for text in asked {
+        let Ok(id) = text.parse::<SandboxId>() else { continue };
+        if let Some(sandbox) = app.live.find(&id, &team.id, now) {
+            by_node.entry(sandbox.node).or_default().push(id);
+        }
+    }
+    let questions = by_node.iter().map(|(&node, ids)| app.nodes.get(node).rpc.newest_samples(ids));
     let mut sandboxes = BTreeMap::new();
-    if !ids.is_empty() {
-        let newest = app.node.newest_samples(&ids).await.map_err(|error| {
-            ApiError::of_node(&error, "the node did not say what its sandboxes use; try again")
+    for answer in join_all(questions).await {
+        let newest = answer.map_err(|error| {
+            ApiError::of_node(&error, "a node did not say what its sandboxes use; try again")
         })?;
         sandboxes.extend(newest.into_iter().map(|(id, sample)| (id.to_string(), metric(&sample))));
     }

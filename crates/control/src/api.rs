@@ -6,6 +6,7 @@ mod create;
 mod document;
 mod error;
 mod head;
+mod keyed;
 mod later;
 mod list;
 mod logs;

@@ -8,6 +8,7 @@ use belljar_daemon::Scope;
 use belljar_domain::Secret;
 
 use crate::config::Config;
+use crate::idempotency;
 use crate::keys::{ApiKey, KeyHash};
 use crate::live::{Live, Sandbox};
 use crate::nodes::{Member, Nodes};
@@ -18,6 +19,7 @@ use crate::store::{Store, StoreError};
 use crate::team::Team;
 use crate::templates::Templates;
 use crate::token::TokenSeed;
+use crate::unsettled::Unsettled;
 use crate::writer::Writer;
 
 /// How long a key that was found is believed without asking the store again.
@@ -29,6 +31,10 @@ pub(crate) struct App {
     pub(crate) store: Store,
     pub(crate) live: Arc<Live>,
     pub(crate) nodes: Nodes,
+    /// Which creates were asked for before.
+    pub(crate) repeats: Arc<idempotency::Keys>,
+    /// Creates nobody knows the outcome of.
+    pub(crate) unsettled: Unsettled,
     pub(crate) templates: Templates,
     pub(crate) writer: Writer,
     /// Where state changes run, so that a caller who leaves cannot stop one half way.

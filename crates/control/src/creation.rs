@@ -5,6 +5,7 @@
 //! creator left stays until its end time.
 //!
 //! Each attempt has ids of its own, so that one which went astray can never be taken for another.
+//! What became of such a one, the next reconcile of its node finds out ([`crate::unsettled`]).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,12 +18,14 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use crate::app::App;
+use crate::idempotency::{Begin, Key, KeyTaken, Ticket};
 use crate::lifecycle::shielded;
 use crate::live::{AtLimit, EndedEarly, Sandbox, Slot, Terms};
 use crate::node::{NodeCallError, Start};
 use crate::nodes::{Contact, Member};
 use crate::team::Team;
 use crate::templates::{Placed, Reference, ResolveError, Template};
+use crate::terms;
 use crate::writer::Change;
 
 /// Nodes asked for one sandbox.
@@ -40,11 +43,15 @@ pub(crate) struct CreateSpec {
     /// Whether its guest daemon asks for a token.
     pub(crate) secure: bool,
     pub(crate) allow_internet: bool,
+    /// Under which the same create may be asked for again.
+    pub(crate) key: Option<Key>,
 }
 
 /// Why no sandbox was created.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CreateError {
+    #[error(transparent)]
+    Key(#[from] KeyTaken),
     #[error(transparent)]
     Template(#[from] ResolveError),
     #[error(transparent)]
@@ -53,6 +60,8 @@ pub(crate) enum CreateError {
     EndedEarly(#[from] EndedEarly),
     #[error("create the sandbox: no node that has its template takes sandboxes now")]
     NoNode,
+    #[error("create the sandbox: no node that takes sandboxes can run its template")]
+    NoCompatibleNode,
     #[error("create the sandbox")]
     Node(#[from] NodeCallError),
     #[error("create the sandbox: the node answered for another one")]
@@ -64,9 +73,13 @@ pub(crate) enum CreateError {
 impl CreateError {
     pub(crate) fn kind(&self) -> Kind {
         match self {
+            CreateError::Key(KeyTaken::Mismatch) => Kind::Invalid,
+            CreateError::Key(_) => Kind::Conflict,
             CreateError::Template(e) => e.kind(),
             CreateError::AtLimit(_) => Kind::Quota,
-            CreateError::EndedEarly(_) | CreateError::NoNode => Kind::Unavailable,
+            CreateError::EndedEarly(_) | CreateError::NoNode | CreateError::NoCompatibleNode => {
+                Kind::Unavailable
+            }
             CreateError::Node(e) => e.kind(),
             CreateError::Mixup | CreateError::TaskBroke => Kind::Internal,
         }
@@ -76,38 +89,69 @@ impl CreateError {
     fn is_the_nodes_own(&self) -> bool {
         match self {
             CreateError::Node(e) => {
-                !matches!(e.kind(), Kind::Invalid | Kind::NotFound | Kind::Timeout)
+                e.refusal().is_some() || !matches!(e.kind(), Kind::Invalid | Kind::Timeout)
             }
             CreateError::Mixup | CreateError::EndedEarly(_) => true,
-            CreateError::Template(_)
+            CreateError::Key(_)
+            | CreateError::Template(_)
             | CreateError::AtLimit(_)
             | CreateError::NoNode
+            | CreateError::NoCompatibleNode
             | CreateError::TaskBroke => false,
         }
     }
 }
 
-/// Creates a sandbox for `team` and waits until its guest is ready.
+/// No node did it.
+struct NotPlaced {
+    error: CreateError,
+    /// The last attempt nobody knows the outcome of.
+    astray: Option<SandboxId>,
+}
+
+/// Creates a sandbox for `team` and waits until its guest is ready; or answers the one that was
+/// created under the same key.
 pub(crate) async fn create(
     app: &Arc<App>,
     team: &Arc<Team>,
     spec: CreateSpec,
 ) -> Result<Arc<Sandbox>, CreateError> {
+    let mut ticket = None;
+    if let Some(key) = spec.key {
+        let lives = |sandbox: &Sandbox| app.live.contains(&sandbox.id);
+        match app.repeats.begin(&team.id, key, clock::now(), lives)? {
+            Begin::Same(sandbox) => return Ok(sandbox),
+            Begin::Fresh(fresh) => ticket = Some(fresh),
+        }
+    }
     let (this, team) = (Arc::clone(app), Arc::clone(team));
-    let work = async move { create_here(&this, &team, &spec).await };
+    let work = async move { create_here(&this, &team, &spec, ticket).await };
     shielded(&app.scope, "create sandbox", work).await.unwrap_or(Err(CreateError::TaskBroke))
 }
 
+/// A `ticket` that is dropped on the way makes its key vacant.
 async fn create_here(
     app: &App,
     team: &Team,
     spec: &CreateSpec,
+    ticket: Option<Ticket>,
 ) -> Result<Arc<Sandbox>, CreateError> {
     let placed = resolve(app, &spec.template, team).await?;
     let limit = app.config.max_concurrent_sandboxes;
     let mut slot = app.live.reserve(&team.id, limit, clock::now())?;
     reach(Point::CreateReserved);
-    let sandbox = place(app, team, spec, &placed, &mut slot).await?;
+    let sandbox = match place(app, team, spec, &placed, &mut slot).await {
+        Ok(sandbox) => sandbox,
+        Err(NotPlaced { error, astray }) => {
+            return Err(match (astray, ticket) {
+                (Some(id), Some(ticket)) => {
+                    app.unsettled.claim(&id, ticket);
+                    KeyTaken::OutcomeUnknown.into()
+                }
+                _ => error,
+            });
+        }
+    };
     // The route first: once it is in the table, an end withdraws the route.
     app.publish(&sandbox);
     if let Err(e) = slot.commit(Arc::clone(&sandbox)) {
@@ -115,6 +159,9 @@ async fn create_here(
         return Err(e.into());
     }
     reach(Point::CreateInTable);
+    if let Some(ticket) = ticket {
+        ticket.done(&sandbox);
+    }
     app.writer.push(Change::Started(Arc::clone(&sandbox)));
     reach(Point::CreateBeforeAnswer);
     Ok(sandbox)
@@ -127,42 +174,89 @@ async fn place(
     spec: &CreateSpec,
     placed: &Placed,
     slot: &mut Slot,
-) -> Result<Arc<Sandbox>, CreateError> {
+) -> Result<Arc<Sandbox>, NotPlaced> {
     let deadline = Instant::now() + CREATE_TIME;
-    let (mut refused, mut error) = (Vec::new(), CreateError::NoNode);
+    let terms = Terms {
+        team: team.id.clone(),
+        alias: placed.template.aliases.first().cloned(),
+        metadata: spec.metadata.clone(),
+        secure: spec.secure,
+        allow_internet: spec.allow_internet,
+    };
+    let mut refused = Vec::new();
+    let mut failed = NotPlaced { error: CreateError::NoNode, astray: None };
     for _ in 0..ATTEMPTS {
         let need = placed.template.need();
         let Some(node) = app.nodes.choose(&placed.nodes, &refused, need) else { break };
+        let id = SandboxId::random();
+        slot.attempt(&id, node.ix);
         let time = deadline.saturating_duration_since(Instant::now());
-        match attempt(app, team, spec, &placed.template, node, slot, time).await {
+        let error = match attempt(app, spec, &placed.template, node, &id, &terms, time).await {
             Ok(sandbox) => return Ok(Arc::new(sandbox)),
-            Err(e) if e.is_the_nodes_own() => {
-                debug!(error = %e, "a node did not create a sandbox; asking another");
-                refused.push(node.ix);
-                error = e;
-            }
-            Err(e) => return Err(e),
+            Err(error) => error,
+        };
+        if is_astray(&error) {
+            app.unsettled.add(&id, node.ix);
+            node.reconcile_soon.notify_one();
+            failed.astray = Some(id);
         }
+        let goes_on = error.is_the_nodes_own();
+        debug!(error = %error, goes_on, "a node did not create a sandbox");
+        failed.error = worse(failed.error, error);
+        if !goes_on {
+            break;
+        }
+        refused.push(node.ix);
     }
-    Err(error)
+    Err(failed)
 }
 
-/// Asks one node to start the sandbox within `time`.
+/// Whether a sandbox may be there although its creation failed.
+fn is_astray(error: &CreateError) -> bool {
+    match error {
+        CreateError::Node(e) => !e.is_certain(),
+        CreateError::Mixup => true,
+        CreateError::Key(_)
+        | CreateError::Template(_)
+        | CreateError::AtLimit(_)
+        | CreateError::EndedEarly(_)
+        | CreateError::NoNode
+        | CreateError::NoCompatibleNode
+        | CreateError::TaskBroke => false,
+    }
+}
+
+/// Which of two failures the caller hears of: a lack of room, which passes, rather than a node that
+/// can never run the template; otherwise the later one.
+fn worse(before: CreateError, error: CreateError) -> CreateError {
+    let refusal = match &error {
+        CreateError::Node(e) => e.refusal(),
+        _ => None,
+    };
+    match refusal {
+        Some(refusal) if !refusal.may_pass() => match before {
+            CreateError::NoNode => CreateError::NoCompatibleNode,
+            before => before,
+        },
+        _ => error,
+    }
+}
+
+/// Asks one node to start the sandbox `id` within `time`.
 async fn attempt(
     app: &App,
-    team: &Team,
     spec: &CreateSpec,
     template: &Template,
     node: &Member,
-    slot: &mut Slot,
+    id: &SandboxId,
+    terms: &Terms,
     time: Duration,
 ) -> Result<Sandbox, CreateError> {
-    let (id, execution) = (SandboxId::random(), ExecutionId::random());
-    slot.attempt(&id, node.ix);
+    let execution = ExecutionId::random();
     let claim = node.claim(template.need());
-    let token = spec.secure.then(|| app.tokens.envd_access_token(&id));
+    let token = spec.secure.then(|| app.tokens.envd_access_token(id));
     let start = Start {
-        id: &id,
+        id,
         execution: &execution,
         template: &template.id,
         build: &template.build,
@@ -170,34 +264,21 @@ async fn attempt(
         envd_access_token: token.as_ref(),
         env_vars: &spec.env_vars,
         allow_internet: spec.allow_internet,
+        terms: terms::write(terms, spec.key.as_ref()),
     };
     let observed = match node.rpc.create(start, time).await {
-        Ok(observed) => {
-            reach(Point::CreateNodeAnswered);
-            observed
-        }
-        Err(e) if e.kind() == Kind::NotFound => {
+        Ok(observed) => observed,
+        Err(e) if e.kind() == Kind::NotFound && e.refusal().is_none() => {
             return Err(ResolveError::Unknown { name: spec.template.to_string() }.into());
         }
-        Err(e) => {
-            // It may run all the same; the reconciler kills what nobody here knows.
-            node.reconcile_soon.notify_one();
-            return Err(e.into());
-        }
+        Err(e) => return Err(e.into()),
     };
-    if observed.id != id || observed.execution != execution {
-        node.reconcile_soon.notify_one();
+    reach(Point::CreateNodeAnswered);
+    if observed.id != *id || observed.execution != execution {
         return Err(CreateError::Mixup);
     }
     claim.keep();
-    let terms = Terms {
-        team: team.id.clone(),
-        alias: template.aliases.first().cloned(),
-        metadata: spec.metadata.clone(),
-        secure: spec.secure,
-        allow_internet: spec.allow_internet,
-    };
-    Ok(Sandbox::new(node.ix, observed, terms))
+    Ok(Sandbox::new(node.ix, observed, terms.clone()))
 }
 
 /// Finds a template; asks the nodes again when it is not known here yet.

@@ -305,7 +305,8 @@ mod tests {
     #[test]
     fn a_key_is_learned_from_the_later_sandbox() {
         let (keys, team, key) = (Arc::new(Keys::default()), team(), Key::new("a", b"1"));
-        let (first, later) = (sandbox_at(&team, NOW, NOW), sandbox_at(&team, NOW.plus(MEMORY), NOW));
+        let (first, later) =
+            (sandbox_at(&team, NOW, NOW), sandbox_at(&team, NOW.plus(MEMORY), NOW));
         for sandbox in [&first, &later, &first] {
             keys.learn(key, sandbox);
         }

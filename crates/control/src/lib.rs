@@ -19,6 +19,7 @@ mod api;
 mod app;
 mod config;
 mod creation;
+mod idempotency;
 mod keys;
 mod lifecycle;
 mod live;
@@ -36,7 +37,9 @@ mod serve;
 mod store;
 mod team;
 mod templates;
+mod terms;
 mod token;
+mod unsettled;
 mod writer;
 
 pub use config::{Config, Deps};

@@ -2,20 +2,20 @@
 //!
 //! Answers are checked and turned into domain types here; nothing else sees the wire's shapes.
 
+mod answers;
 mod metrics;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use belljar_domain::{
-    BuildId, ExecutionId, Kind, MiB, SandboxId, Secret, TemplateId, UnixMillis, Vcpus,
-};
+use belljar_domain::{BuildId, ExecutionId, Kind, SandboxId, Secret, TemplateId, UnixMillis};
+use belljar_wire::refusal::Refusal;
 use belljar_wire::rest::LogLevel;
 use belljar_wire::rpc::belljar::node::v1::{
-    CreateSandboxRequest, DescribeRequest, KillSandboxRequest, ListSandboxesRequest,
-    ListTemplatesRequest, NodeServiceClient, SandboxInfo, SandboxLogsRequest, SetSandboxEndRequest,
-    TemplateInfo, WatchSandboxesRequest, WatchSandboxesResponse,
+    CreateSandboxRequest, DescribeRequest, ForgetReclaimedRequest, KillSandboxRequest,
+    ListReclaimedRequest, ListSandboxesRequest, ListTemplatesRequest, NodeServiceClient,
+    SandboxLogsRequest, SetSandboxEndRequest, WatchSandboxesRequest, WatchSandboxesResponse,
 };
 use connectrpc::client::{
     CallOptions, ClientConfig, Http2Connection, ServerStream, SharedHttp2Connection,
@@ -72,6 +72,25 @@ impl NodeCallError {
         }
     }
 
+    /// Which of the node's limits a create has met; nothing was made then.
+    pub(crate) fn refusal(&self) -> Option<Refusal> {
+        Refusal::of(&self.source)
+    }
+
+    /// Whether the node certainly did not do what it was asked: it said so itself.
+    pub(crate) fn is_certain(&self) -> bool {
+        self.refusal().is_some()
+            || matches!(
+                self.kind(),
+                Kind::Invalid
+                    | Kind::Unauthenticated
+                    | Kind::Forbidden
+                    | Kind::NotFound
+                    | Kind::Conflict
+                    | Kind::Quota
+            )
+    }
+
     /// The node's own words, meant for the caller when the request was at fault.
     pub(crate) fn message(&self) -> &str {
         self.source.message.as_deref().unwrap_or("the node gave no reason")
@@ -89,6 +108,8 @@ pub(crate) struct Start<'a> {
     pub(crate) envd_access_token: Option<&'a Secret<String>>,
     pub(crate) env_vars: &'a BTreeMap<String, String>,
     pub(crate) allow_internet: bool,
+    /// What the node keeps for us beside the sandbox.
+    pub(crate) terms: String,
 }
 
 /// What a node says of itself.
@@ -97,8 +118,27 @@ pub(crate) struct Description {
     pub(crate) takes_sandboxes: bool,
     /// What its sandboxes take, starting ones included.
     pub(crate) taken: Taken,
-    /// What they may take together; 0 is unknown.
+    /// What they may take together; 0 is unknown or not counted.
     pub(crate) capacity: Taken,
+}
+
+/// Everything a node holds.
+#[derive(Debug, Default)]
+pub(crate) struct Holds {
+    pub(crate) running: Vec<Observed>,
+    /// Those whose guest is not ready yet.
+    pub(crate) starting: Vec<SandboxId>,
+}
+
+/// A sandbox that ended with its node, before anybody was told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Reclaimed {
+    /// As it was; its address is nobody's any more.
+    pub(crate) was: Observed,
+    /// When it was found to have ended.
+    pub(crate) at: UnixMillis,
+    /// `lost`, or `shutdown` when the node stopped in order.
+    pub(crate) reason: &'static str,
 }
 
 /// Which lines of a sandbox's log are wanted.
@@ -171,6 +211,7 @@ impl Node {
                 .map_or_else(String::new, |token| token.expose().clone()),
             env_vars: start.env_vars.iter().map(|(k, v)| (k.clone(), v.clone())).collect(),
             allow_internet_access: start.allow_internet,
+            terms: start.terms,
             ..Default::default()
         };
         let answer = self
@@ -180,22 +221,24 @@ impl Node {
             .map_err(|source| NodeCallError { what: WHAT, source })?
             .into_owned();
         let info = answer.sandbox.into_option().unwrap_or_default();
-        observed(&info).map_err(|reason| malformed(WHAT, &reason))
+        answers::observed(&info).map_err(|reason| malformed(WHAT, &reason))
     }
 
     /// What the node says of itself.
     pub(crate) async fn describe(&self) -> Result<Description, NodeCallError> {
-        self.client
+        let answer = self
+            .client
             .describe_with_options(DescribeRequest::default(), within(CALL_DEADLINE))
             .await
-            .map_err(|source| NodeCallError { what: "describe the node", source })?;
-        Ok(Description { takes_sandboxes: true, ..Description::default() })
+            .map_err(|source| NodeCallError { what: "describe the node", source })?
+            .into_owned();
+        Ok(answers::description(&answer))
     }
 
     /// Everything the node holds. A sandbox this process cannot read is left out, with a warning.
-    pub(crate) async fn list(&self) -> Result<Vec<Observed>, NodeCallError> {
+    pub(crate) async fn list(&self) -> Result<Holds, NodeCallError> {
         const LIST: &str = "list sandboxes";
-        let mut found = Vec::new();
+        let mut holds = Holds::default();
         let mut after = String::new();
         loop {
             let request =
@@ -206,9 +249,10 @@ impl Node {
                 .await
                 .map_err(|source| NodeCallError { what: LIST, source })?
                 .into_owned();
-            found.extend(page.sandboxes.iter().filter_map(readable));
+            holds.running.extend(page.sandboxes.iter().filter_map(answers::readable));
+            holds.starting.extend(page.starting.iter().filter_map(|s| s.sandbox_id.parse().ok()));
             if page.next_after_sandbox_id.is_empty() {
-                return Ok(found);
+                return Ok(holds);
             }
             // Ids only grow from page to page, or this would never end.
             if page.next_after_sandbox_id <= after {
@@ -216,6 +260,39 @@ impl Node {
             }
             after = page.next_after_sandbox_id;
         }
+    }
+
+    /// Sandboxes that ended with an earlier run of the node, as many as fit one answer. Those this
+    /// process cannot read are left out; the second list is all of them, to be forgotten.
+    pub(crate) async fn reclaimed(&self) -> Result<(Vec<Reclaimed>, Vec<String>), NodeCallError> {
+        let answer = self
+            .client
+            .list_reclaimed_with_options(ListReclaimedRequest::default(), within(CALL_DEADLINE))
+            .await
+            .map_err(|source| NodeCallError { what: "list reclaimed sandboxes", source })?
+            .into_owned();
+        let all = answer.sandboxes.iter().map(|sandbox| sandbox.execution_id.clone()).collect();
+        let readable = answer.sandboxes.iter().filter_map(|sandbox| {
+            answers::reclaimed(sandbox)
+                .inspect_err(|reason| {
+                    warn!(sandbox = sandbox.sandbox_id, reason, "unreadable reclaimed sandbox")
+                })
+                .ok()
+        });
+        Ok((readable.collect(), all))
+    }
+
+    /// The ends of these runs are recorded.
+    pub(crate) async fn forget_reclaimed(
+        &self,
+        execution_ids: Vec<String>,
+    ) -> Result<(), NodeCallError> {
+        let request = ForgetReclaimedRequest { execution_ids, ..Default::default() };
+        self.client
+            .forget_reclaimed_with_options(request, within(CALL_DEADLINE))
+            .await
+            .map_err(|source| NodeCallError { what: "forget reclaimed sandboxes", source })?;
+        Ok(())
     }
 
     /// Moves the end of a sandbox.
@@ -267,7 +344,7 @@ impl Node {
             .await
             .map_err(|source| NodeCallError { what: "read a sandbox's log", source })?
             .into_owned();
-        Ok(answer.entries.into_iter().map(log_entry).collect())
+        Ok(answer.entries.into_iter().map(answers::log_entry).collect())
     }
 
     /// What the node can start sandboxes from. Unreadable ones are left out, with a warning.
@@ -280,7 +357,7 @@ impl Node {
             .into_owned();
         let readable = answer.templates.into_iter().filter_map(|info| {
             let id = info.template_id.clone();
-            template(info)
+            answers::template(info)
                 .inspect_err(|reason| warn!(template = id, reason, "unreadable template"))
                 .ok()
         });
@@ -319,18 +396,12 @@ impl Watch {
             let Some(ended) = message.to_owned_message().ended.into_option() else { continue };
             match (ended.sandbox_id.parse(), ended.execution_id.parse()) {
                 (Ok(id), Ok(execution)) => {
-                    return Ok(Ended { id, execution, reason: reason(&ended.reason) });
+                    return Ok(Ended { id, execution, reason: answers::reason(&ended.reason) });
                 }
                 _ => warn!(sandbox = ended.sandbox_id, "the node reported an unreadable end"),
             }
         }
     }
-}
-
-fn readable(info: &SandboxInfo) -> Option<Observed> {
-    observed(info)
-        .inspect_err(|reason| warn!(sandbox = info.sandbox_id, reason, "unreadable sandbox"))
-        .ok()
 }
 
 fn watch_failed(source: ConnectError) -> NodeCallError {
@@ -347,61 +418,4 @@ fn within(deadline: Duration) -> CallOptions {
 
 fn malformed(what: &'static str, reason: &str) -> NodeCallError {
     NodeCallError { what, source: ConnectError::internal(format!("its answer is wrong: {reason}")) }
-}
-
-/// The words of the node protocol, so that the store holds only known ones.
-fn reason(text: &str) -> &'static str {
-    match text {
-        "killed" => "killed",
-        "expired" => "expired",
-        "crashed" => "crashed",
-        "shutdown" => "shutdown",
-        _ => "unknown",
-    }
-}
-
-fn observed(info: &SandboxInfo) -> Result<Observed, String> {
-    Ok(Observed {
-        id: info.sandbox_id.parse().map_err(text)?,
-        execution: info.execution_id.parse().map_err(text)?,
-        template: info.template_id.parse().map_err(text)?,
-        build: info.build_id.parse().map_err(text)?,
-        ip: info.route_ip.parse().map_err(|_| format!("{:?} is no address", info.route_ip))?,
-        started_at: UnixMillis(info.started_at_unix_ms),
-        end_at: UnixMillis(info.end_at_unix_ms),
-        vcpus: Vcpus(info.vcpus),
-        memory: MiB(info.memory_mib),
-        disk: MiB(info.disk_mib),
-        envd_version: info.envd_version.clone(),
-    })
-}
-
-fn log_entry(entry: belljar_wire::rpc::belljar::node::v1::LogEntry) -> LogEntry {
-    LogEntry {
-        at: UnixMillis(entry.at_unix_ms),
-        // A newer node may know more words; what it says is worth showing all the same.
-        level: LogLevel::parse(&entry.level).unwrap_or(LogLevel::Info),
-        event: entry.event,
-        pid: entry.pid,
-        command: entry.command,
-        text: entry.text,
-        cut: entry.cut,
-    }
-}
-
-fn template(info: TemplateInfo) -> Result<Template, String> {
-    Ok(Template {
-        id: info.template_id.parse().map_err(text)?,
-        build: info.build_id.parse().map_err(text)?,
-        aliases: info.aliases,
-        vcpus: Vcpus(info.vcpus),
-        memory: MiB(info.memory_mib),
-        disk: MiB(info.disk_mib),
-        envd_version: info.envd_version,
-        created_at: UnixMillis(info.created_at_unix_ms),
-    })
-}
-
-fn text(error: belljar_domain::id::IdError) -> String {
-    error.to_string()
 }

@@ -5,8 +5,9 @@
 //! live table, the routes and the store agree with what the node holds:
 //!
 //! - here, not on the node: it has ended, reason `lost` (or `expired` when its time was up);
-//! - on the node, not here, known to the store as running: adopted, with its metadata;
-//! - on the node, known to nobody: killed;
+//! - on the node, not here: adopted, on the terms the store has, or else those the node was given
+//!   with it; killed when there are none, when its team is gone, or when nobody can know its id;
+//! - ended with an earlier run of the node: written to the store, then forgotten on the node;
 //! - the store differs from the table: written again.
 //!
 //! A sandbox of a node that is away stays in the table until the node says otherwise. The store
@@ -19,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use belljar_daemon::clock;
-use belljar_domain::{ExecutionId, Kind, UnixMillis};
+use belljar_domain::{ExecutionId, Kind, SandboxId, UnixMillis};
 use futures::{Stream, StreamExt as _};
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{debug, info, warn};
@@ -27,9 +28,12 @@ use tracing::{debug, info, warn};
 use crate::app::App;
 use crate::lifecycle::{forget, gone};
 use crate::live::{Marks, Observed, Sandbox};
-use crate::node::{Ended, NodeCallError, Watch};
+use crate::node::{Ended, Holds, NodeCallError, Watch};
 use crate::nodes::{Contact, Member, NodeIx};
 use crate::store::{RunRow, StoreError};
+use crate::team::TeamId;
+use crate::terms::{self, Written};
+use crate::unsettled::Claim;
 use crate::writer::Change;
 
 const FIRST_RETRY: Duration = Duration::from_millis(50);
@@ -72,6 +76,7 @@ pub(crate) async fn attach(
 async fn attach_once(app: &App, node: &Member) -> Result<Watch, ReconcileError> {
     // Watching comes first, so that no end falls between the picture and the stream.
     let watch = node.rpc.watch().await?;
+    record_reclaimed(app, node).await?;
     reconcile(app, node).await?;
     node.is_back();
     Ok(watch)
@@ -154,12 +159,14 @@ fn ends(watch: Watch) -> impl Stream<Item = Result<Ended, NodeCallError>> {
 async fn reconcile(app: &App, node: &Member) -> Result<(), ReconcileError> {
     // The order matters: what is known must be older than the node's answer (see `Live::observe`).
     let before = app.live.marks(node.ix);
+    let astray = app.unsettled.on(node.ix);
     let rows = app.store.running().await?;
-    let seen = node.rpc.list().await?;
+    let Holds { running: seen, starting } = node.rpc.list().await?;
     app.templates.replace(node.ix, node.rpc.templates().await?);
     node.describe(node.rpc.describe().await?);
 
     let on_node: HashSet<ExecutionId> = seen.iter().map(|o| o.execution.clone()).collect();
+    let held: HashSet<SandboxId> = seen.iter().map(|o| o.id.clone()).chain(starting).collect();
     let difference = app.live.observe(node.ix, &before, seen);
     let now = clock::now();
     for sandbox in &difference.gone {
@@ -172,7 +179,11 @@ async fn reconcile(app: &App, node: &Member) -> Result<(), ReconcileError> {
     }
     let rows: HashMap<ExecutionId, RunRow> =
         rows.into_iter().map(|row| (row.execution.clone(), row)).collect();
-    let strangers = adopt(app, node, difference.unknown, &rows);
+    let strangers = adopt(app, node, difference.unknown, &rows).await?;
+    for id in astray.iter().filter(|id| !held.contains(id)) {
+        // It is not there: whoever asks again with its key gets another one.
+        app.unsettled.forget(id);
+    }
     write_what_is_missing(app, node, &before, &rows);
     if others_have_answered(app, node) {
         end_what_no_node_holds(app, &rows, &on_node, now);
@@ -185,25 +196,92 @@ fn end_reason(end_at: UnixMillis, now: UnixMillis) -> &'static str {
     if end_at <= now { "expired" } else { "lost" }
 }
 
-/// Takes over sandboxes the store knows as running; returns the others.
-fn adopt(
+/// Takes over sandboxes that somebody may still ask for; returns the others.
+async fn adopt(
     app: &App,
     node: &Member,
     unknown: Vec<Observed>,
     rows: &HashMap<ExecutionId, RunRow>,
-) -> Vec<Observed> {
-    let mut strangers = Vec::new();
+) -> Result<Vec<Observed>, ReconcileError> {
+    let (mut strangers, mut teams) = (Vec::new(), Teams::default());
     for observed in unknown {
-        match rows.get(&observed.execution) {
-            Some(row) if row.id == observed.id && !app.live.contains(&observed.id) => {
-                let sandbox = Arc::new(Sandbox::new(node.ix, observed, row.terms.clone()));
-                app.publish(&sandbox);
-                app.live.adopt(sandbox);
+        let written = match rows.get(&observed.execution) {
+            Some(row) if row.id == observed.id => {
+                let key = terms::read(&observed.terms).and_then(|written| written.key);
+                Some(Written { terms: row.terms.clone(), key })
             }
-            _ => strangers.push(observed),
+            _ => terms::read(&observed.terms),
+        };
+        let written = match written {
+            Some(written) if teams.exists(app, &written.terms.team).await? => written,
+            _ => {
+                strangers.push(observed);
+                continue;
+            }
+        };
+        let claim = app.unsettled.take(&observed.id);
+        if matches!(claim, Some(Claim::Nobody)) || app.live.contains(&observed.id) {
+            strangers.push(observed);
+            continue;
+        }
+        let sandbox = Arc::new(Sandbox::new(node.ix, observed, written.terms));
+        app.publish(&sandbox);
+        if app.live.adopt(Arc::clone(&sandbox)) {
+            info!(sandbox = %sandbox.id, "adopted a sandbox");
+            app.writer.push(Change::Started(Arc::clone(&sandbox)));
+        }
+        match (claim, written.key) {
+            (Some(Claim::Key(ticket)), _) => ticket.done(&sandbox),
+            (_, Some(key)) => app.repeats.learn(key, &sandbox),
+            _ => {}
         }
     }
-    strangers
+    Ok(strangers)
+}
+
+/// Which teams there are, as far as was asked.
+#[derive(Default)]
+struct Teams {
+    known: HashMap<TeamId, bool>,
+}
+
+impl Teams {
+    async fn exists(&mut self, app: &App, team: &TeamId) -> Result<bool, StoreError> {
+        if let Some(exists) = self.known.get(team) {
+            return Ok(*exists);
+        }
+        let exists = app.store.team_exists(team).await?;
+        self.known.insert(team.clone(), exists);
+        Ok(exists)
+    }
+}
+
+/// Writes the ends of sandboxes that ended with an earlier run of the node, and lets the node forget
+/// them. The store has them for good before the node has not.
+async fn record_reclaimed(app: &App, node: &Member) -> Result<(), ReconcileError> {
+    let mut teams = Teams::default();
+    loop {
+        let (reclaimed, all) = node.rpc.reclaimed().await?;
+        if all.is_empty() {
+            return Ok(());
+        }
+        let mut changes = Vec::with_capacity(2 * reclaimed.len());
+        for ended in reclaimed {
+            let Some(Written { terms, .. }) = terms::read(&ended.was.terms) else { continue };
+            if !teams.exists(app, &terms.team).await? {
+                continue;
+            }
+            let execution = ended.was.execution.clone();
+            // Most have a row already; this is for those that have none.
+            let sandbox = Arc::new(Sandbox::new(node.ix, ended.was, terms));
+            forget(app, &sandbox.id, &execution, ended.reason);
+            changes.push(Change::Started(sandbox));
+            changes.push(Change::Ended { execution, at: ended.at, reason: ended.reason });
+        }
+        app.store.apply(&changes).await?;
+        info!(sandboxes = all.len(), "recorded sandboxes that ended with their node");
+        node.rpc.forget_reclaimed(all).await?;
+    }
 }
 
 /// Writes again what the store does not have right of a node's sandboxes, whyever it was not

@@ -38,6 +38,7 @@ use crate::rates::Limits;
 use crate::reconcile::{self, ReconcileError};
 use crate::store::StoreError;
 use crate::templates::Templates;
+use crate::unsettled::Unsettled;
 use crate::writer::Writer;
 
 /// Connections served at the same time; more wait in the listener's queue.
@@ -108,6 +109,8 @@ pub async fn serve(
     let app = Arc::new(App {
         live: Arc::default(),
         nodes: Nodes::at(deps.node_sockets),
+        repeats: Arc::default(),
+        unsettled: Unsettled::default(),
         templates: Templates::default(),
         writer: Writer::start(deps.store.clone(), &writing),
         scope: requests.clone(),

@@ -76,7 +76,8 @@ pub(crate) fn read(text: &str) -> Option<Written> {
         allow_internet: text.allow_internet,
     };
     // A damaged key costs a repeated create, and is no reason to end a sandbox.
-    let key = text.key.and_then(|key| Some(Key { key: digest(&key.key)?, body: digest(&key.body)? }));
+    let key =
+        text.key.and_then(|key| Some(Key { key: digest(&key.key)?, body: digest(&key.body)? }));
     Some(Written { terms, key })
 }
 

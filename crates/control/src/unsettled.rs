@@ -66,8 +66,19 @@ impl Unsettled {
         here.map(|(id, _)| id.clone()).collect()
     }
 
-    /// Takes `id` off the list: what became of it is known. `None` when it is not on it.
-    pub(crate) fn settle(&self, id: &SandboxId) -> Option<Claim> {
-        self.lock().remove(id).map(|astray| astray.claim)
+    /// Who wants `id`, which turned out to be there. A ticket is handed out once; what nobody wants
+    /// stays on the list until it is gone from its node. `None` when it is not on the list.
+    pub(crate) fn take(&self, id: &SandboxId) -> Option<Claim> {
+        let mut astray = self.lock();
+        match astray.get(id)?.claim {
+            Claim::Nobody => Some(Claim::Nobody),
+            Claim::Key(_) => astray.remove(id).map(|astray| astray.claim),
+        }
+    }
+
+    /// `id` turned out not to be there; the key that waits for it is vacant.
+    pub(crate) fn forget(&self, id: &SandboxId) {
+        // The ticket is dropped after the lock.
+        let _astray = self.lock().remove(id);
     }
 }

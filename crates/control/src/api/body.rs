@@ -127,22 +127,29 @@ fn too_large() -> ApiError {
     )
 }
 
+/// What `value` spells.
+pub(crate) fn from_value<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, ApiError> {
+    serde_path_to_error::deserialize(value).map_err(not_valid)
+}
+
+fn not_valid(e: serde_path_to_error::Error<serde_json::Error>) -> ApiError {
+    let path = e.path().to_string();
+    let e = e.into_inner();
+    if !e.is_data() {
+        ApiError::bad_request(format!("the request body is not valid JSON: {e}"))
+    } else if path == "." {
+        ApiError::bad_request(format!("the request body is not valid: {e}"))
+    } else {
+        ApiError::bad_request(format!("the field '{path}' is not valid: {e}"))
+    }
+}
+
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     // All of it, because the parser does not look into fields it skips.
     let body = std::str::from_utf8(body)
         .map_err(|e| ApiError::bad_request(format!("the request body is not valid UTF-8: {e}")))?;
     let mut json = serde_json::Deserializer::from_str(body);
-    let value = serde_path_to_error::deserialize(&mut json).map_err(|e| {
-        let path = e.path().to_string();
-        let e = e.into_inner();
-        if !e.is_data() {
-            ApiError::bad_request(format!("the request body is not valid JSON: {e}"))
-        } else if path == "." {
-            ApiError::bad_request(format!("the request body is not valid: {e}"))
-        } else {
-            ApiError::bad_request(format!("the field '{path}' is not valid: {e}"))
-        }
-    })?;
+    let value = serde_path_to_error::deserialize(&mut json).map_err(not_valid)?;
     json.end()
         .map_err(|e| ApiError::bad_request(format!("the request body is not valid JSON: {e}")))?;
     Ok(value)

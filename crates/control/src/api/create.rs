@@ -40,13 +40,16 @@ pub(crate) fn spec(
     let closed = body.network.as_ref().map(closes_internet).transpose()?.unwrap_or(false);
     let env_vars = body.env_vars.unwrap_or_default();
     check_env_vars(&env_vars)?;
+    let metadata = body.metadata.unwrap_or_default();
+    check_metadata(&metadata)?;
     Ok(CreateSpec {
         template,
         lifetime,
-        metadata: body.metadata.unwrap_or_default(),
+        metadata,
         env_vars,
         secure,
         allow_internet: body.allow_internet_access.unwrap_or(true) && !closed,
+        key: None,
     })
 }
 
@@ -103,6 +106,21 @@ const ENV_VAR_MAX_BYTES: usize = 128 << 10;
 /// Longest environment of a sandbox, in bytes. Escaped as JSON it can grow sixfold, and the line
 /// that carries it to the guest holds 4 MiB.
 const ENV_VARS_MAX_BYTES: usize = 512 << 10;
+
+/// Longest metadata of a sandbox, in bytes of JSON. It is kept in memory, in the store, on the node
+/// and in every answer that lists the sandbox.
+const METADATA_MAX_BYTES: usize = 64 << 10;
+
+fn check_metadata(metadata: &BTreeMap<String, String>) -> Result<(), ApiError> {
+    let bytes = serde_json::to_vec(metadata).expect("a map of strings has a JSON form").len();
+    if bytes > METADATA_MAX_BYTES {
+        return Err(ApiError::bad_request(format!(
+            "the field 'metadata' is too large: it has {bytes} bytes as JSON and may have \
+             {METADATA_MAX_BYTES}; keep large data elsewhere and refer to it"
+        )));
+    }
+    Ok(())
+}
 
 /// Refuses what no process environment can hold.
 fn check_env_vars(env_vars: &BTreeMap<String, String>) -> Result<(), ApiError> {
@@ -201,6 +219,17 @@ mod tests {
             assert_eq!(error, ApiError::bad_request("Timeout cannot be greater than 24 hours"));
         }
         assert_eq!(lifetime(86_400, DAY), Ok(DAY));
+    }
+
+    #[test]
+    fn metadata_has_a_limit_over_all() {
+        let body = |bytes: usize| {
+            let half = "a".repeat(bytes / 2);
+            format!(r#"{{"templateID":"base","metadata":{{"a":"{half}","b":"{half}"}}}}"#)
+        };
+        assert!(checked(&body(METADATA_MAX_BYTES - 100)).is_ok());
+        let error = format!("{:?}", checked(&body(METADATA_MAX_BYTES)).expect_err("too large"));
+        assert!(error.contains("the field 'metadata'"), "{error}");
     }
 
     #[test]

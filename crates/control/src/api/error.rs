@@ -10,6 +10,7 @@ use http::{HeaderName, HeaderValue, StatusCode, header};
 use tracing::warn;
 
 use crate::creation::CreateError;
+use crate::idempotency::KeyTaken;
 use crate::lifecycle::EndError;
 use crate::node::NodeCallError;
 use crate::store::StoreError;
@@ -205,6 +206,32 @@ impl From<ResolveError> for ApiError {
     }
 }
 
+impl From<KeyTaken> for ApiError {
+    fn from(taken: KeyTaken) -> Self {
+        match taken {
+            KeyTaken::Mismatch => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "the header 'Idempotency-Key' holds a key that another request was sent with; \
+                 use a new key for a new request",
+            )
+            .coded("idempotency_request_mismatch")
+            .final_word(),
+            KeyTaken::InProgress => Self::of_kind(
+                Kind::Conflict,
+                "the request with this idempotency key is still running; try again",
+            )
+            .coded("idempotency_in_progress")
+            .retry_after(1),
+            KeyTaken::OutcomeUnknown => Self::of_kind(
+                Kind::Conflict,
+                "what became of the request with this idempotency key is not known yet; try again",
+            )
+            .coded("idempotency_outcome_unknown")
+            .retry_after(1),
+        }
+    }
+}
+
 impl From<CreateError> for ApiError {
     fn from(error: CreateError) -> Self {
         let kind = error.kind();
@@ -224,6 +251,16 @@ impl From<CreateError> for ApiError {
                 log(&error);
                 Self::no_room()
             }
+            CreateError::NoCompatibleNode => {
+                log(&error);
+                Self::of_kind(
+                    kind,
+                    "no node can run the template: it has to be built again for the nodes there are",
+                )
+                .coded("sandbox_no_compatible_node")
+                .final_word()
+            }
+            CreateError::Key(taken) => taken.into(),
             CreateError::Node(e) => Self::of_create(&e),
             CreateError::EndedEarly(_) => {
                 log(&error);

@@ -19,10 +19,11 @@ use utoipa::{IntoParams, PartialSchema as _};
 use super::auth::Caller;
 use super::body::{Json, OptionalJson};
 use super::error::ApiError;
+use super::keyed::Keyed;
 use super::path::Segments;
 use super::{create, shapes};
 use crate::app::App;
-use crate::creation;
+use crate::creation::{self, CreateSpec};
 use crate::lifecycle::{self, NewEnd};
 use crate::team::Team;
 
@@ -67,49 +68,61 @@ impl<S: Send + Sync> FromRequestParts<S> for Named {
 /// Starts a sandbox. Deprecated: version 2 lives longer by default and is always secured.
 #[utoipa::path(
     post, path = "/sandboxes", tag = "sandboxes", request_body = rest::NewSandbox,
+    params((
+        "Idempotency-Key" = Option<String>, Header, pattern = "^[a-z0-9-]+$", max_length = 255,
+        description = "The same key with the same body means the same sandbox, for an hour or as long as it lives",
+    )),
     responses(
         (status = 201, description = "It runs", body = rest::Sandbox),
         (status = 403, description = "The template is another team's"),
         (status = 404, description = "There is no such template"),
+        (status = 409, description = "The request with this idempotency key is still running, or its outcome is unknown"),
+        (status = 422, description = "The idempotency key was used for another request"),
         (status = 504, description = "It did not start in time"),
     ),
 )]
 pub(crate) async fn create_v1(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
-    Json(body): Json<rest::NewSandbox>,
+    request: Keyed<rest::NewSandbox>,
 ) -> Answer {
-    let secure = body.secure.unwrap_or(true);
-    create_with(&app, &team, body, DEFAULT_SECONDS_V1, secure).await
+    let secure = request.body.secure.unwrap_or(true);
+    create_with(&app, &team, request, DEFAULT_SECONDS_V1, secure).await
 }
 
 /// Starts a sandbox.
 #[utoipa::path(
     post, path = "/v2/sandboxes", tag = "sandboxes", request_body = rest::NewSandbox,
+    params((
+        "Idempotency-Key" = Option<String>, Header, pattern = "^[a-z0-9-]+$", max_length = 255,
+        description = "The same key with the same body means the same sandbox, for an hour or as long as it lives",
+    )),
     responses(
         (status = 201, description = "It runs", body = rest::Sandbox),
         (status = 403, description = "The template is another team's"),
         (status = 404, description = "There is no such template"),
+        (status = 409, description = "The request with this idempotency key is still running, or its outcome is unknown"),
+        (status = 422, description = "The idempotency key was used for another request"),
         (status = 504, description = "It did not start in time"),
     ),
 )]
 pub(crate) async fn create_v2(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
-    Json(body): Json<rest::NewSandbox>,
+    request: Keyed<rest::NewSandbox>,
 ) -> Answer {
-    create_with(&app, &team, body, DEFAULT_SECONDS_V2, true).await
+    create_with(&app, &team, request, DEFAULT_SECONDS_V2, true).await
 }
 
 async fn create_with(
     app: &Arc<App>,
     team: &Arc<Team>,
-    body: rest::NewSandbox,
+    Keyed { body, key }: Keyed<rest::NewSandbox>,
     default_seconds: i64,
     secure: bool,
 ) -> Answer {
     let spec = create::spec(body, default_seconds, secure, app.config.max_sandbox_length)?;
-    let sandbox = creation::create(app, team, spec).await?;
+    let sandbox = creation::create(app, team, CreateSpec { key, ..spec }).await?;
     let body = JsonAnswer(shapes::sandbox(app, &sandbox));
     Ok((StatusCode::CREATED, body).into_response())
 }

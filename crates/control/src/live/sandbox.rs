@@ -47,6 +47,8 @@ pub(crate) struct Observed {
     pub(crate) memory: MiB,
     pub(crate) disk: MiB,
     pub(crate) envd_version: String,
+    /// What this control plane, or one before it, gave the node to keep.
+    pub(crate) terms: String,
 }
 
 /// What a node does not know of a sandbox.

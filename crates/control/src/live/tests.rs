@@ -10,11 +10,11 @@ const NOW: UnixMillis = UnixMillis(1_000);
 const LATER: UnixMillis = UnixMillis(2_000);
 const NODE: NodeIx = NodeIx(0);
 
-pub(super) fn team() -> TeamId {
+pub(crate) fn team() -> TeamId {
     TeamId::random()
 }
 
-pub(super) fn sandbox_at(team: &TeamId, start: UnixMillis, end: UnixMillis) -> Arc<Sandbox> {
+pub(crate) fn sandbox_at(team: &TeamId, start: UnixMillis, end: UnixMillis) -> Arc<Sandbox> {
     Arc::new(Sandbox {
         id: SandboxId::random(),
         execution: ExecutionId::random(),
@@ -53,6 +53,7 @@ fn observed(s: &Sandbox) -> Observed {
         memory: s.memory,
         disk: s.disk,
         envd_version: s.envd_version.clone(),
+        terms: String::new(),
     }
 }
 

@@ -39,6 +39,18 @@ impl Store {
         Ok(Team { id, slug: slug.to_owned() })
     }
 
+    /// Whether there is a team `id`.
+    pub(crate) async fn team_exists(&self, id: &TeamId) -> Result<bool, StoreError> {
+        let found: Option<String> = on_pool!(self, pool => {
+            sqlx::query_scalar("SELECT id FROM teams WHERE id = $1")
+                .bind(id.to_string())
+                .fetch_optional(pool)
+                .await
+                .map_err(during("look for a team"))?
+        });
+        Ok(found.is_some())
+    }
+
     /// Lets `key` act for `team`. A key that is already there stays with its team.
     ///
     /// # Errors

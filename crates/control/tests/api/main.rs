@@ -1,10 +1,15 @@
-//! The control plane over real sockets: TCP to its clients, a unix socket to its node.
+//! The control plane over real sockets: TCP to its clients, unix sockets to its nodes.
 
+mod adoption;
 mod document;
 mod endpoints;
 mod faults;
 mod hostile;
+mod idempotency;
+mod list;
 mod logs;
 mod metrics;
+mod placement;
+mod races;
 mod rates;
 mod support;

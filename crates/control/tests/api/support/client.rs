@@ -28,6 +28,22 @@ impl Answer {
         serde_json::from_str(&self.text).unwrap_or_else(|e| panic!("{e} in {:?}", self.text))
     }
 
+    /// The sandbox a create answered with.
+    #[track_caller]
+    pub(crate) fn sandbox_id(&self) -> String {
+        assert_eq!(self.status, 201, "{}", self.text);
+        self.json()["sandboxID"].as_str().expect("an id").to_owned()
+    }
+
+    /// Checks status and `error_code`, and whether another try is asked for and after how long.
+    #[track_caller]
+    pub(crate) fn assert_refused(&self, status: u16, code: &str, retry: (&str, Option<&str>)) {
+        assert_eq!(self.status, status, "{}", self.text);
+        assert_eq!(self.json()["error_code"], code, "{}", self.text);
+        let header = |name| self.headers.get(name).map(|v| v.to_str().expect("text"));
+        assert_eq!((header("should-retry"), header("retry-after")), (Some(retry.0), retry.1));
+    }
+
     /// Checks status, `code` and `message` of an error body.
     #[track_caller]
     pub(crate) fn assert_error(&self, status: u16, message: &str) {
@@ -73,6 +89,17 @@ impl Client {
             .uri(format!("{}{path}", self.base))
             .header("X-API-KEY", &self.key)
             .header("content-type", "application/json")
+            .body(Full::new(Bytes::copy_from_slice(body.as_bytes())))
+            .expect("a request");
+        self.raw(request).await
+    }
+
+    /// Sends a create under an idempotency key.
+    pub(crate) async fn create_keyed(&self, path: &str, key: &str, body: &str) -> Answer {
+        let request = Request::post(format!("{}{path}", self.base))
+            .header("X-API-KEY", &self.key)
+            .header("content-type", "application/json")
+            .header("idempotency-key", key)
             .body(Full::new(Bytes::copy_from_slice(body.as_bytes())))
             .expect("a request");
         self.raw(request).await

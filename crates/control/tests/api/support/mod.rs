@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::future::Future;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -57,6 +57,15 @@ pub(crate) struct Control {
 impl Control {
     /// Starts one over the store and the node socket in `dir`; returns once it answers.
     pub(crate) async fn start(dir: &Path, config: Config) -> Control {
+        Control::start_on(dir, vec![dir.join("node.sock")], config).await
+    }
+
+    /// Starts one over the store in `dir` and the nodes at `node_sockets`.
+    pub(crate) async fn start_on(
+        dir: &Path,
+        node_sockets: Vec<PathBuf>,
+        config: Config,
+    ) -> Control {
         let store = Store::open(&dir.join("control.db")).await.expect("a store");
         let team = store.ensure_team("default").await.expect("a team");
         let key = ApiKey::random();
@@ -65,7 +74,7 @@ impl Control {
         let address = listener.local_addr().expect("its address");
         let routes = Arc::new(Routes::default());
         let deps = Deps {
-            node_sockets: vec![dir.join("node.sock")],
+            node_sockets,
             routes: routes.clone() as Arc<dyn RouteSink>,
             store: store.clone(),
         };

@@ -51,6 +51,10 @@ pub(crate) struct State {
     pub(crate) end_at_once: Mutex<bool>,
     /// While true, creates wait.
     pub(crate) hold_creates: watch::Sender<bool>,
+    /// Every end that was set, with whose it was, in order.
+    pub(crate) ends_set: Mutex<Vec<(String, i64)>>,
+    /// While true, ends are moved and nobody is told.
+    pub(crate) hold_end_moves: watch::Sender<bool>,
     pub(crate) more_templates: Mutex<Vec<TemplateInfo>>,
     /// The log of every sandbox.
     pub(crate) log: Mutex<Vec<LogEntry>>,
@@ -75,6 +79,8 @@ impl FakeNode {
             next_create: Mutex::default(),
             end_at_once: Mutex::default(),
             hold_creates: watch::channel(false).0,
+            ends_set: Mutex::default(),
+            hold_end_moves: watch::channel(false).0,
             more_templates: Mutex::default(),
             log: Mutex::default(),
             log_requests: Mutex::default(),
@@ -327,11 +333,17 @@ impl NodeService for Service {
         request: ServiceRequest<'_, SetSandboxEndRequest>,
     ) -> ServiceResult<SetSandboxEndResponse> {
         let request = request.to_owned_message();
-        let mut sandboxes = self.0.sandboxes.lock().expect("no panic holds it");
-        let info = sandboxes
-            .get_mut(&request.sandbox_id)
-            .ok_or_else(|| ConnectError::not_found("it does not run here"))?;
-        info.end_at_unix_ms = request.end_at_unix_ms;
+        {
+            let mut sandboxes = self.0.sandboxes.lock().expect("no panic holds it");
+            let info = sandboxes
+                .get_mut(&request.sandbox_id)
+                .ok_or_else(|| ConnectError::not_found("it does not run here"))?;
+            info.end_at_unix_ms = request.end_at_unix_ms;
+        }
+        let set = (request.sandbox_id, request.end_at_unix_ms);
+        self.0.ends_set.lock().expect("no panic holds it").push(set);
+        let mut held = self.0.hold_end_moves.subscribe();
+        held.wait_for(|held| !held).await.expect("the node outlives its calls");
         Response::ok(SetSandboxEndResponse::default())
     }
 

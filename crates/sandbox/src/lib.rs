@@ -10,6 +10,7 @@ pub mod metrics;
 pub mod template;
 
 mod boot;
+mod inbox;
 mod info;
 mod ledger;
 mod live;

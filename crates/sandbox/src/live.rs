@@ -6,15 +6,16 @@ use std::sync::atomic::Ordering;
 use belljar_daemon::fault::{Point, reach};
 use belljar_domain::UnixMillis;
 use belljar_domain::lifecycle::EndReason;
-use tokio::sync::{SemaphorePermit, mpsc, oneshot, watch};
+use tokio::sync::{SemaphorePermit, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::admission::Refused;
 use crate::boot::{Booted, CreateError, ReadyTemplate, boot};
+use crate::inbox::Inbox;
 use crate::info::{CreateSandbox, Ended, SandboxInfo};
 use crate::log::SandboxLog;
 use crate::metrics::Samples;
-use crate::owner::{Command, Kept, Post, Starts, give_back, own};
+use crate::owner::{Kept, Post, Starts, give_back, own};
 use crate::probe::Target;
 use crate::registry::{Inner, chain};
 use crate::settings::MetricsFrom;
@@ -27,7 +28,7 @@ impl Inner {
         &self,
         request: CreateSandbox,
         template: Arc<ReadyTemplate>,
-        inbox: mpsc::Receiver<Command>,
+        inbox: Inbox,
         end_at: watch::Sender<UnixMillis>,
         answer: oneshot::Sender<Result<SandboxInfo, CreateError>>,
     ) {
@@ -56,10 +57,10 @@ impl Inner {
         &self,
         mut request: CreateSandbox,
         template: Arc<ReadyTemplate>,
-        mut inbox: mpsc::Receiver<Command>,
+        mut inbox: Inbox,
         end_at: &watch::Sender<UnixMillis>,
         answer: oneshot::Sender<Result<SandboxInfo, CreateError>>,
-    ) -> Option<(Booted, mpsc::Receiver<Command>, Kept)> {
+    ) -> Option<(Booted, Inbox, Kept)> {
         reach(Point::BootIdTaken);
         let booted = match self.start(&template, &mut request, &mut inbox).await {
             Err(e) => {
@@ -113,7 +114,7 @@ impl Inner {
         &self,
         template: &ReadyTemplate,
         request: &mut CreateSandbox,
-        inbox: &mut mpsc::Receiver<Command>,
+        inbox: &mut Inbox,
     ) -> Result<Booted, CreateError> {
         let killed = || CreateError::Killed { sandbox_id: request.sandbox_id.clone() };
         let turn = self.turn(&mut request.end_at, inbox).await?.ok_or_else(killed)?;
@@ -121,7 +122,7 @@ impl Inner {
             boot(&self.deps, &self.settings, &self.ledger, &self.scope, template, request).await?;
         drop(turn);
         let info = Arc::make_mut(&mut booted.info);
-        let asked_to_end = std::iter::from_fn(|| inbox.try_recv().ok())
+        let asked_to_end = std::iter::from_fn(|| inbox.try_next())
             .any(|command| command.while_starting(&mut info.end_at) == Starts::Not);
         if !asked_to_end {
             return Ok(booted);
@@ -136,7 +137,7 @@ impl Inner {
     async fn turn(
         &self,
         end_at: &mut UnixMillis,
-        inbox: &mut mpsc::Receiver<Command>,
+        inbox: &mut Inbox,
     ) -> Result<Option<SemaphorePermit<'_>>, CreateError> {
         let limits = &self.settings.limits;
         let deadline = tokio::time::sleep(limits.starting_wait_max);
@@ -147,7 +148,7 @@ impl Inner {
                 biased;
                 turn = &mut turn => return turn.map(Some).map_err(|_| CreateError::Closing),
                 () = self.scope.cancelled() => return Err(CreateError::Closing),
-                Some(command) = inbox.recv() => {
+                command = inbox.next() => {
                     if command.while_starting(end_at) == Starts::Not {
                         return Ok(None);
                     }

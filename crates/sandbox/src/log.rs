@@ -149,6 +149,10 @@ impl Ring {
         let LogLine { level, event, pid, cut, .. } = line;
         let entry = LogEntry { at, level, event, pid, command, text, cut };
         self.kept_bytes += kept_bytes(&entry);
+        if self.entries.is_empty() {
+            // Many a sandbox says one thing and no more.
+            self.entries.reserve_exact(1);
+        }
         self.entries.push_back(entry);
         while self.entries.len() > ENTRIES_MAX || self.kept_bytes > KEPT_MAX_BYTES {
             let Some(oldest) = self.entries.pop_front() else { return };

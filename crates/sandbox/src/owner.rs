@@ -14,16 +14,18 @@ use belljar_domain::{SandboxId, UnixMillis};
 use belljar_runtime::control::GuestControl;
 use belljar_runtime::{ExitCause, Machine};
 use belljar_wire::guest::FromGuest;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::boot::Booted;
+use crate::inbox::Inbox;
 use crate::log::SandboxLog;
 use crate::metrics::Samples;
 use crate::probe::{self, Target};
 use crate::untold::UntoldEnds;
 
 /// What callers ask of a running sandbox.
+#[derive(Debug)]
 pub(crate) enum Command {
     /// Move its end. Answers when done; a sandbox on its way out drops the sender.
     SetEnd(UnixMillis, oneshot::Sender<()>),
@@ -41,6 +43,14 @@ pub(crate) enum Starts {
 }
 
 impl Command {
+    /// Whether nobody waits for its answer any more. A kill stands: its answer is the sandbox's end.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        match self {
+            Command::SetEnd(_, done) => done.is_closed(),
+            Command::Kill => false,
+        }
+    }
+
     /// Does what can be done to a sandbox that starts, whose end is `end_at` so far.
     pub(crate) fn while_starting(self, end_at: &mut UnixMillis) -> Starts {
         match self {
@@ -76,7 +86,7 @@ pub(crate) struct Post<'a> {
 /// Owns a booted sandbox until nothing of it is left; answers why it ended.
 pub(crate) async fn own(
     booted: Booted,
-    mut commands: mpsc::Receiver<Command>,
+    mut commands: Inbox,
     end_at: &watch::Sender<UnixMillis>,
     post: Post<'_>,
 ) -> EndReason {
@@ -89,13 +99,12 @@ pub(crate) async fn own(
     let reason = loop {
         let mut moved = None;
         let event = tokio::select! {
-            command = commands.recv() => match command {
-                Some(Command::SetEnd(to, done)) => {
+            command = commands.next() => match command {
+                Command::SetEnd(to, done) => {
                     moved = Some(done);
                     Event::SetEnd(to)
                 }
-                Some(Command::Kill) => Event::End(EndReason::Killed),
-                None => Event::End(EndReason::Shutdown),
+                Command::Kill => Event::End(EndReason::Killed),
             },
             () = post.clock.until(*end_at.borrow()) => Event::End(EndReason::Expired),
             cause = machine.exited() => {
@@ -126,7 +135,7 @@ pub(crate) async fn own(
     };
     reach(Point::OwnerEnding);
     // Callers queue no more; those who wait see their answers dropped.
-    commands.close();
+    drop(commands);
     drop(control);
     drop(sampling);
     if reason == EndReason::Shutdown

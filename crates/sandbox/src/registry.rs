@@ -10,11 +10,12 @@ use std::time::Duration;
 use belljar_blockstore::BaseImage;
 use belljar_daemon::{OnError, Scope, clock};
 use belljar_domain::{BuildId, ExecutionId, SandboxId, UnixMillis};
-use tokio::sync::{Semaphore, broadcast, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, broadcast, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::admission::{Allocated, Limits, Status};
 use crate::boot::{CreateError, ReadyTemplate};
+use crate::inbox::{Slit, inbox};
 use crate::info::{CreateSandbox, Ended, SandboxInfo, Starting, Untold};
 use crate::ledger::Ledger;
 use crate::log::{LogEntry, LogQuery};
@@ -27,8 +28,6 @@ use crate::table::{Entry, Running, Table};
 use crate::template::{Template, TemplateError, load_each};
 use crate::untold::UntoldEnds;
 
-/// Commands that may wait for one owner.
-const COMMANDS_MAX: usize = 16;
 /// End notices a slow listener may fall behind by, before it must list again.
 const ENDED_MAX: usize = 4096;
 
@@ -174,7 +173,7 @@ impl Sandboxes {
         if self.inner.scope.is_cancelled() {
             return Err(CreateError::Closing);
         }
-        let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+        let (commands, inbox) = inbox();
         let (end_at, end_seen) = watch::channel(request.end_at);
         let meta = &template.template.meta;
         let entry = Entry {
@@ -282,7 +281,7 @@ impl Sandboxes {
         let missing = || SandboxNotFound { sandbox_id: sandbox_id.clone() };
         let (commands, _) = self.inner.commands_of(sandbox_id).ok_or_else(missing)?;
         let (done, heard) = oneshot::channel();
-        commands.send(Command::SetEnd(end_at, done)).await.map_err(|_| missing())?;
+        commands.put(Command::SetEnd(end_at, done)).map_err(|_| missing())?;
         heard.await.map_err(|_| missing())
     }
 
@@ -294,7 +293,7 @@ impl Sandboxes {
     pub async fn kill(&self, sandbox_id: &SandboxId) -> Result<(), SandboxNotFound> {
         let missing = || SandboxNotFound { sandbox_id: sandbox_id.clone() };
         let (commands, mut gone) = self.inner.commands_of(sandbox_id).ok_or_else(missing)?;
-        commands.send(Command::Kill).await.map_err(|_| missing())?;
+        commands.put(Command::Kill).map_err(|_| missing())?;
         // The sender lives in the sandbox's task, which drops it last.
         while gone.changed().await.is_ok() {}
         Ok(())
@@ -393,10 +392,7 @@ impl Inner {
         }
     }
 
-    fn commands_of(
-        &self,
-        sandbox_id: &SandboxId,
-    ) -> Option<(mpsc::Sender<Command>, watch::Receiver<UnixMillis>)> {
+    fn commands_of(&self, sandbox_id: &SandboxId) -> Option<(Slit, watch::Receiver<UnixMillis>)> {
         let table = self.table();
         let entry = table.get(sandbox_id)?;
         Some((entry.commands.clone(), entry.end_at.clone()))

@@ -7,19 +7,19 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use belljar_domain::{ExecutionId, SandboxId, UnixMillis};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 use crate::admission::{Allocated, Host, Limits, Status, admit};
 use crate::boot::CreateError;
+use crate::inbox::Slit;
 use crate::info::SandboxInfo;
 use crate::log::SandboxLog;
 use crate::metrics::Samples;
-use crate::owner::Command;
 
 /// A sandbox's place in the table, from the moment its id is taken until nothing of it is left.
 pub(crate) struct Entry {
     pub(crate) execution_id: ExecutionId,
-    pub(crate) commands: mpsc::Sender<Command>,
+    pub(crate) commands: Slit,
     /// What it takes of this host.
     pub(crate) share: Allocated,
     /// Set once it runs.

@@ -16,7 +16,7 @@ use belljar_daemon::Scope;
 use belljar_domain::Tier;
 use belljar_sandbox::Sandboxes;
 use belljar_wire::rpc::belljar::node::v1::NodeServiceExt as _;
-use connectrpc::{ConnectRpcService, Router};
+use connectrpc::{CompressionPolicy, ConnectRpcService, Router};
 
 pub use listen::ServeError;
 
@@ -49,6 +49,8 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let socket = config.socket.clone();
     let service = Arc::new(rpc::Node::new(config, sandboxes, scope.clone()));
-    let service = ConnectRpcService::new(service.register(Router::new()));
+    // Both ends are on one host: squeezing answers costs more than carrying them.
+    let service = ConnectRpcService::new(service.register(Router::new()))
+        .with_compression_policy(CompressionPolicy::disabled());
     listen::serve(&socket, service, &scope, ready).await
 }

@@ -1,5 +1,7 @@
 //! A host of fake machines on loopback addresses, with a template and a clock that is set by hand.
 
+#![allow(dead_code, reason = "each program of tests uses its part of it")]
+
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use sqlx::postgres::PgConnectOptions;
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{ConnectOptions as _, Row as _};
 
@@ -17,28 +18,50 @@ pub struct Run {
     pub ended: Option<String>,
 }
 
+const SELECT: &str = "SELECT sandbox_id, end_at_ms, ended_at_ms, end_reason FROM sandboxes \
+                      ORDER BY started_at_ms";
+
 /// Every run in the SQLite store of this data folder, oldest first.
 pub fn runs(data: &Path) -> Vec<Run> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime.expect("a runtime").block_on(async {
-        let options = SqliteConnectOptions::new()
-            .filename(data.join("belljar.db"))
-            .busy_timeout(Duration::from_secs(10));
+    let options = SqliteConnectOptions::new()
+        .filename(data.join("belljar.db"))
+        .busy_timeout(Duration::from_secs(10));
+    wait_for(async {
         let mut database = options.connect().await.expect("the database opens");
-        let rows = sqlx::query(
-            "SELECT sandbox_id, end_at_ms, ended_at_ms, end_reason FROM sandboxes \
-             ORDER BY started_at_ms",
-        )
-        .fetch_all(&mut database)
-        .await
-        .expect("the runs are read");
-        let run = |row: &sqlx::sqlite::SqliteRow| Run {
-            sandbox: row.get("sandbox_id"),
-            end_at_ms: row.get("end_at_ms"),
-            ended: row.get::<Option<i64>, _>("ended_at_ms").map(|_| {
-                row.get::<Option<String>, _>("end_reason").expect("an ended run says why")
-            }),
-        };
-        rows.iter().map(run).collect()
+        sqlx::query(SELECT)
+            .map(|row: sqlx::sqlite::SqliteRow| Run {
+                sandbox: row.get("sandbox_id"),
+                end_at_ms: row.get("end_at_ms"),
+                ended: why(row.get("ended_at_ms"), row.get("end_reason")),
+            })
+            .fetch_all(&mut database)
+            .await
+            .expect("the runs are read")
     })
+}
+
+/// The same of a PostgreSQL store.
+pub fn runs_on_postgresql(address: &str) -> Vec<Run> {
+    let options: PgConnectOptions = address.parse().expect("an address");
+    wait_for(async {
+        let mut database = options.connect().await.expect("the database answers");
+        sqlx::query(SELECT)
+            .map(|row: sqlx::postgres::PgRow| Run {
+                sandbox: row.get("sandbox_id"),
+                end_at_ms: row.get("end_at_ms"),
+                ended: why(row.get("ended_at_ms"), row.get("end_reason")),
+            })
+            .fetch_all(&mut database)
+            .await
+            .expect("the runs are read")
+    })
+}
+
+fn why(ended_at_ms: Option<i64>, reason: Option<String>) -> Option<String> {
+    ended_at_ms.map(|_| reason.expect("an ended run says why"))
+}
+
+fn wait_for<T>(work: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("a runtime").block_on(work)
 }

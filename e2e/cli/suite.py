@@ -206,9 +206,10 @@ def exec_background(cli, box):
 
 
 def exec_interrupted(cli, box):
-    process = cli.start("sandbox", "exec", box.id, "sleep 602")
+    process = cli.start("sandbox", "exec", box.id, "echo begun; sleep 602")
     try:
-        until(60, "it runs", lambda: any("sleep 602" in one for one in processes(box).values()))
+        # The command line listens for signals once it knows that the command has begun.
+        equal(process.stdout.readline(), b"begun\n", "output")
         process.send_signal(signal.SIGINT)
         said = cli.finish(process)
     finally:

@@ -14,4 +14,4 @@ mod processes;
 
 pub use environment::{Assets, assets, is_root, skip};
 pub use leaks::{HostSnapshot, Sight, assert_clean};
-pub use logs::LogOracle;
+pub use logs::{LogOracle, Transcript};

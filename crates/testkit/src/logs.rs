@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id, Record};
 use tracing::subscriber::DefaultGuard;
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
@@ -75,6 +76,76 @@ impl<S: Subscriber> Layer<S> for Listener {
     }
 }
 
+/// Everything that is logged, at every level, with the fields of events and of spans.
+///
+/// For tests that look for what must not be there. It hears the thread that installs it, as
+/// [`LogOracle::install`] does.
+#[must_use = "lines are collected only while the transcript lives"]
+pub struct Transcript {
+    lines: Arc<Mutex<Vec<String>>>,
+    _listening: DefaultGuard,
+}
+
+impl Transcript {
+    /// Listens to this thread until dropped.
+    pub fn install() -> Transcript {
+        let lines: Arc<Mutex<Vec<String>>> = Arc::default();
+        let writer = Writer { lines: Arc::clone(&lines) };
+        let listening = tracing::subscriber::set_default(Registry::default().with(writer));
+        Transcript { lines, _listening: listening }
+    }
+
+    /// What was logged so far, one line an event or a span.
+    pub fn lines(&self) -> Vec<String> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Fails the test if one of `secrets` is in a line.
+    ///
+    /// # Panics
+    /// With the line; and when nothing was logged, because then nothing was looked at.
+    pub fn assert_without(&self, secrets: &[&str]) {
+        let lines = self.lines();
+        assert!(!lines.is_empty(), "nothing was logged");
+        for line in &lines {
+            for secret in secrets {
+                assert!(!line.contains(secret), "a secret is in the log: {line}");
+            }
+        }
+    }
+}
+
+struct Writer {
+    lines: Arc<Mutex<Vec<String>>>,
+}
+
+impl Writer {
+    fn write(&self, line: Line) {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).push(line.0);
+    }
+}
+
+impl<S: Subscriber> Layer<S> for Writer {
+    fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {
+        let metadata = event.metadata();
+        let mut line = Line(format!("{} {}:", metadata.level(), metadata.target()));
+        event.record(&mut line);
+        self.write(line);
+    }
+
+    fn on_new_span(&self, attributes: &Attributes<'_>, _id: &Id, _context: Context<'_, S>) {
+        let mut line = Line(format!("span {}:", attributes.metadata().name()));
+        attributes.record(&mut line);
+        self.write(line);
+    }
+
+    fn on_record(&self, _id: &Id, values: &Record<'_>, _context: Context<'_, S>) {
+        let mut line = Line("span:".to_owned());
+        values.record(&mut line);
+        self.write(line);
+    }
+}
+
 /// An event as text: the message, then the fields as `name=value`.
 struct Line(String);
 
@@ -120,5 +191,26 @@ mod tests {
         drop(oracle);
         tracing::warn!("too late");
         assert!(heard.lock().expect("no panic holds this lock").is_empty());
+    }
+
+    #[test]
+    fn a_transcript_has_every_level_and_the_fields_of_spans() {
+        let transcript = Transcript::install();
+        let span = tracing::trace_span!("request", key = "e2b_1", later = tracing::field::Empty);
+        span.record("later", "e2b_2");
+        tracing::trace!(token = "e2b_3", "asked");
+        let lines = transcript.lines();
+        for (line, text) in lines.iter().zip(["e2b_1", "e2b_2", "e2b_3"]) {
+            assert!(line.contains(text), "{line}");
+        }
+        transcript.assert_without(&["e2b_4"]);
+    }
+
+    #[test]
+    #[should_panic(expected = "a secret is in the log")]
+    fn a_secret_in_the_log_fails() {
+        let transcript = Transcript::install();
+        tracing::debug!("opened with e2b_1");
+        transcript.assert_without(&["e2b_1"]);
     }
 }

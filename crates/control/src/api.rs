@@ -5,6 +5,7 @@ mod body;
 mod create;
 mod document;
 mod error;
+mod events;
 mod head;
 mod keyed;
 mod later;
@@ -19,6 +20,7 @@ mod rates;
 mod sandboxes;
 mod shapes;
 mod templates;
+mod webhooks;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -61,6 +63,12 @@ fn of_teams(app: &Arc<App>) -> Routes {
         .routes(routes!(metrics::of_one))
         .routes(routes!(logs::list_v1))
         .routes(routes!(logs::list_v2))
+        .routes(routes!(events::list))
+        .routes(routes!(events::list_of_sandbox))
+        .routes(routes!(webhooks::list, webhooks::create))
+        .routes(routes!(webhooks::detail, webhooks::change, webhooks::remove))
+        .routes(routes!(webhooks::deliveries))
+        .routes(routes!(webhooks::retry))
         .routes(routes!(templates::list_v1))
         .routes(routes!(templates::list_v2))
         .routes(routes!(templates::detail))

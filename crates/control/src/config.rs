@@ -30,6 +30,39 @@ pub struct Config {
     pub reconcile_interval: Duration,
     /// How long open requests get to finish when the scope is cancelled.
     pub shutdown_grace: Duration,
+    /// How events are sent to teams' own servers.
+    pub webhooks: WebhookConfig,
+    /// How often events that are too old are removed.
+    pub event_prune_interval: Duration,
+}
+
+/// How events are delivered. Source of the defaults: contract section 1.7.
+#[derive(Debug, Clone)]
+pub struct WebhookConfig {
+    /// Lets webhooks reach private, loopback and link-local addresses. Whoever can make one then
+    /// reaches what this machine reaches.
+    pub allow_private: bool,
+    /// How long one try may take, from the name to the end of the answer.
+    pub deadline: Duration,
+    /// Tries after the first.
+    pub retries: u32,
+    /// Wait before each of them; at most an hour.
+    pub retry_wait: Duration,
+    /// How often due deliveries are looked for that nobody told of: those of other servers, and
+    /// those that are tried again.
+    pub poll_interval: Duration,
+}
+
+impl Default for WebhookConfig {
+    fn default() -> Self {
+        WebhookConfig {
+            allow_private: false,
+            deadline: Duration::from_secs(10),
+            retries: 3,
+            retry_wait: Duration::from_secs(10),
+            poll_interval: Duration::from_secs(1),
+        }
+    }
 }
 
 impl Default for Config {
@@ -43,6 +76,8 @@ impl Default for Config {
             node_wait: Duration::from_secs(30),
             reconcile_interval: Duration::from_secs(60),
             shutdown_grace: Duration::from_secs(10),
+            webhooks: WebhookConfig::default(),
+            event_prune_interval: Duration::from_secs(600),
         }
     }
 }

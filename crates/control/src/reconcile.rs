@@ -34,7 +34,7 @@ use crate::store::{RunRow, StoreError};
 use crate::team::TeamId;
 use crate::terms::{self, Written};
 use crate::unsettled::Claim;
-use crate::writer::Change;
+use crate::writer::{Change, Noted};
 
 const FIRST_RETRY: Duration = Duration::from_millis(50);
 const MAX_RETRY: Duration = Duration::from_secs(5);
@@ -275,8 +275,9 @@ async fn record_reclaimed(app: &App, node: &Member) -> Result<(), ReconcileError
             // Most have a row already; this is for those that have none.
             let sandbox = Arc::new(Sandbox::new(node.ix, ended.was, terms));
             forget(app, &sandbox.id, &execution, ended.reason);
-            changes.push(Change::Started(sandbox));
-            changes.push(Change::Ended { execution, at: ended.at, reason: ended.reason });
+            let (at, reason) = (ended.at, ended.reason);
+            changes.push(Noted { at, change: Change::Started(sandbox) });
+            changes.push(Noted { at, change: Change::Ended { execution, at, reason } });
         }
         app.store.apply(&changes).await?;
         info!(sandboxes = all.len(), "recorded sandboxes that ended with their node");

@@ -39,6 +39,7 @@ use crate::reconcile::{self, ReconcileError};
 use crate::store::StoreError;
 use crate::templates::Templates;
 use crate::unsettled::Unsettled;
+use crate::webhook::{Courier, prune};
 use crate::writer::Writer;
 
 /// Connections served at the same time; more wait in the listener's queue.
@@ -130,6 +131,7 @@ pub async fn serve(
                     let follow = reconcile::follow(Arc::clone(&app), node.ix, watch);
                     requests.spawn("follow node", OnError::FailScope, follow);
                 }
+                tell_of_events(&app, &requests);
                 accept(&app, &listener).await;
                 Ok(())
             }
@@ -141,6 +143,14 @@ pub async fn serve(
     drop(app);
     writing.close(grace).await;
     outcome
+}
+
+/// Starts what sends events to webhooks, and what removes old ones.
+fn tell_of_events(app: &App, requests: &Scope) {
+    let courier = Courier::new(app.store.clone(), &app.config.webhooks, requests);
+    requests.spawn("webhook courier", OnError::FailScope, courier.run());
+    let prune = prune(app.store.clone(), app.config.event_prune_interval);
+    requests.spawn("event pruner", OnError::FailScope, prune);
 }
 
 /// Attaches to every node, side by side. Once one has answered the others get a little longer;

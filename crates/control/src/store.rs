@@ -7,20 +7,28 @@
 //! The database holds the seed of all sandbox tokens, so a file is made readable by its owner only.
 
 mod database;
+mod deliveries;
+mod events;
 mod sandboxes;
 mod teams;
 #[cfg(test)]
 pub(crate) mod testing;
+mod webhooks;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use belljar_domain::Kind;
+use tokio::sync::Notify;
 
 use crate::token::TokenSeed;
 
 pub use database::{Database, DatabaseError};
 pub(crate) use database::{Pool, Tx, on_pool, on_tx};
+pub(crate) use deliveries::{DeliveriesWanted, Delivery, Taken, Waiting};
+pub(crate) use events::EventsWanted;
 pub(crate) use sandboxes::{RunRow, Spawned};
+pub(crate) use webhooks::{Webhook, WebhookChange, WebhookTerms};
 
 const SEED_SETTING: &str = "envd_token_seed";
 
@@ -28,6 +36,8 @@ const SEED_SETTING: &str = "envd_token_seed";
 #[derive(Debug, Clone)]
 pub struct Store {
     pool: Pool,
+    /// Told when deliveries were written.
+    due: Arc<Notify>,
 }
 
 /// Why the store did not do what it was asked.
@@ -115,7 +125,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`] when the database cannot be made or reached, or was written by a newer version.
     pub async fn connect(database: &Database) -> Result<Store, StoreError> {
-        Ok(Store { pool: Pool::open(database).await? })
+        Ok(Store { pool: Pool::open(database).await?, due: Arc::default() })
     }
 
     /// Closes every connection and waits for it. Clones are unusable afterwards.
@@ -125,6 +135,11 @@ impl Store {
 
     pub(crate) fn pool(&self) -> &Pool {
         &self.pool
+    }
+
+    /// Told whenever this process has written something to deliver. Other processes may too.
+    pub(crate) fn deliveries_due(&self) -> &Notify {
+        &self.due
     }
 
     /// Begins a transaction that will write; `what` names it in errors.

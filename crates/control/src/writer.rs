@@ -5,12 +5,13 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use belljar_daemon::fault::{Point, reach};
-use belljar_daemon::{OnError, Scope};
+use belljar_daemon::{OnError, Scope, clock};
 use belljar_domain::{ExecutionId, UnixMillis};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tracing::warn;
 
 use crate::live::Sandbox;
@@ -46,10 +47,21 @@ pub(crate) enum Change {
     },
 }
 
+/// A change and when it was made.
+#[derive(Debug, Clone)]
+pub(crate) struct Noted {
+    pub(crate) at: UnixMillis,
+    pub(crate) change: Change,
+}
+
 /// Where changes are put. The task ends when the last clone is dropped and the queue is written.
 #[derive(Debug, Clone)]
 pub(crate) struct Writer {
-    queue: mpsc::Sender<Change>,
+    queue: mpsc::Sender<Noted>,
+    /// Changes queued so far.
+    queued: Arc<AtomicU64>,
+    /// Changes that are through the queue, written or given up.
+    through: watch::Receiver<u64>,
 }
 
 impl Writer {
@@ -57,22 +69,36 @@ impl Writer {
     /// its end is the end of the queue.
     pub(crate) fn start(store: Store, scope: &Scope) -> Writer {
         let (queue, changes) = mpsc::channel(QUEUE);
+        let (progress, through) = watch::channel(0);
         scope.spawn_shielded("store writer", OnError::Log, async move {
-            run(&store, changes).await;
+            run(&store, changes, &progress).await;
             Ok::<(), Infallible>(())
         });
-        Writer { queue }
+        Writer { queue, queued: Arc::default(), through }
     }
 
     /// Queues a change; never waits.
     pub(crate) fn push(&self, change: Change) {
-        if let Err(e) = self.queue.try_send(change) {
-            warn!(error = %e, "a change was not queued; the reconciler writes it later");
+        match self.queue.try_send(Noted { at: clock::now(), change }) {
+            Ok(()) => {
+                self.queued.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(e) => warn!(error = %e, "a change was not queued; the reconciler writes it later"),
         }
+    }
+
+    /// Waits until what this process has queued so far is through, at most `patience`: who has
+    /// changed something and then asks the store finds it there. Cancel-safe.
+    pub(crate) async fn settled(&self, patience: Duration) {
+        let target = self.queued.load(Ordering::Relaxed);
+        let mut through = self.through.clone();
+        let settled = through.wait_for(|through| *through >= target);
+        // A store that is stuck answers as far as it got.
+        let _in_time = tokio::time::timeout(patience, settled).await.is_ok();
     }
 }
 
-async fn run(store: &Store, mut changes: mpsc::Receiver<Change>) {
+async fn run(store: &Store, mut changes: mpsc::Receiver<Noted>, through: &watch::Sender<u64>) {
     let mut batch = Vec::with_capacity(BATCH);
     while changes.recv_many(&mut batch, BATCH).await > 0 {
         reach(Point::StoreBeforeWrite);
@@ -86,11 +112,12 @@ async fn run(store: &Store, mut changes: mpsc::Receiver<Change>) {
             );
         }
         reach(Point::StoreWritten);
+        through.send_modify(|through| *through += batch.len() as u64);
         batch.clear();
     }
 }
 
-async fn apply(store: &Store, batch: &[Change]) -> Result<(), StoreError> {
+async fn apply(store: &Store, batch: &[Noted]) -> Result<(), StoreError> {
     let mut wait = FIRST_RETRY;
     for _ in 1..TRIES {
         if store.apply(batch).await.is_ok() {

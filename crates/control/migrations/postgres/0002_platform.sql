@@ -126,7 +126,7 @@ CREATE TABLE webhooks (
 );
 CREATE INDEX webhooks_by_team ON webhooks (team_id, created_at_ms);
 
--- One event on its way to one webhook. `state` is pending, done or dead; a row is worked on until
+-- One event on its way to one webhook. `state` is pending, delivered or dead; a row is worked on until
 -- `leased_until_ms` by whoever took it last.
 CREATE TABLE deliveries (
     id              TEXT PRIMARY KEY NOT NULL,
@@ -142,7 +142,7 @@ CREATE TABLE deliveries (
     updated_at_ms   BIGINT NOT NULL,
     UNIQUE (webhook_id, event_seq)
 );
-CREATE INDEX deliveries_due ON deliveries (next_at_ms) WHERE state = 'pending';
+CREATE INDEX deliveries_due ON deliveries (webhook_id, event_seq) WHERE state = 'pending';
 CREATE INDEX deliveries_by_webhook ON deliveries (webhook_id, state, created_at_ms);
 CREATE INDEX deliveries_by_event ON deliveries (event_seq);
 

@@ -94,6 +94,7 @@ pub(crate) fn guarded(mut routes: Routes, access: Access) -> Routes {
     tags(
         (name = "sandboxes", description = "Machines that run"),
         (name = "templates", description = "What sandboxes start from"),
+        (name = "events", description = "What happened to sandboxes, and who is told"),
         (name = "server", description = "The server itself"),
     ),
 )]

@@ -15,6 +15,7 @@ use crate::lifecycle::EndError;
 use crate::node::NodeCallError;
 use crate::store::StoreError;
 use crate::templates::ResolveError;
+use crate::webhook::terms::TermsError;
 
 /// Tells the Python SDK whether to try again; it believes it over the status. The JS SDK looks at
 /// `Retry-After` on 429 only. Source: contract section 1.1.
@@ -197,6 +198,12 @@ impl From<StoreError> for ApiError {
             Kind::Internal => Self::internal(),
             kind => Self::of_kind(kind, "the server's store is not available; try again"),
         }
+    }
+}
+
+impl From<TermsError> for ApiError {
+    fn from(error: TermsError) -> Self {
+        Self::of_kind(error.kind(), error.to_string())
     }
 }
 

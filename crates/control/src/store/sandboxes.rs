@@ -2,12 +2,14 @@
 
 use std::collections::HashMap;
 
-use belljar_domain::{ExecutionId, SandboxId, UnixMillis};
+use belljar_domain::{ExecutionId, MiB, SandboxId, UnixMillis, Vcpus};
 
+use super::events::Recorder;
 use super::{Store, StoreError, Tx, corrupt, during, on_pool, on_tx};
+use crate::event::{Event, Run};
 use crate::live::{Sandbox, Terms};
 use crate::team::TeamId;
-use crate::writer::Change;
+use crate::writer::{Change, Noted};
 
 /// What the store remembers of a run that a node cannot tell.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -94,46 +96,127 @@ impl Store {
             .collect())
     }
 
-    /// Writes `changes` in order, all or none. Writing the same change again changes nothing.
-    pub(crate) async fn apply(&self, changes: &[Change]) -> Result<(), StoreError> {
+    /// Writes `changes` in order with the events they make, all or none. Writing the same change
+    /// again changes nothing and makes no event.
+    pub(crate) async fn apply(&self, changes: &[Noted]) -> Result<(), StoreError> {
         let mut tx = self.begin("begin to write sandboxes").await?;
+        let mut recorder = Recorder::default();
         for change in changes {
-            write(&mut tx, change).await.map_err(during("write a sandbox"))?;
+            if let Some(event) = write(&mut tx, change).await? {
+                let recorded = recorder.record(&mut tx, &event).await;
+                recorded.map_err(during("write an event"))?;
+            }
         }
-        tx.commit("finish writing sandboxes").await
+        tx.commit("finish writing sandboxes").await?;
+        if recorder.has_deliveries() {
+            self.deliveries_due().notify_one();
+        }
+        Ok(())
     }
 }
 
-async fn write(tx: &mut Tx, change: &Change) -> Result<(), sqlx::Error> {
-    match change {
-        Change::Started(sandbox) => write_start(tx, sandbox).await,
-        Change::EndMoved { execution, end_at } => on_tx!(tx, connection => {
-            sqlx::query(
-                "UPDATE sandboxes SET end_at_ms = $1 \
-                 WHERE execution_id = $2 AND ended_at_ms IS NULL",
-            )
-            .bind(end_at.0)
-            .bind(execution.as_str())
-            .execute(connection)
-            .await
-            .map(drop)
-        }),
-        Change::Ended { execution, at, reason } => on_tx!(tx, connection => {
-            sqlx::query(
-                "UPDATE sandboxes SET ended_at_ms = $1, end_reason = $2 \
-                 WHERE execution_id = $3 AND ended_at_ms IS NULL",
-            )
-            .bind(at.0)
-            .bind(*reason)
-            .bind(execution.as_str())
-            .execute(connection)
-            .await
-            .map(drop)
-        }),
+/// Writes one change; the event it makes if it changed anything.
+async fn write(tx: &mut Tx, noted: &Noted) -> Result<Option<Event>, StoreError> {
+    const WHAT: &str = "write a sandbox";
+    Ok(match &noted.change {
+        Change::Started(sandbox) => {
+            let is_new = write_start(tx, sandbox).await.map_err(during(WHAT))?;
+            is_new.then(|| Event::created(Run::from(&**sandbox)))
+        }
+        Change::EndMoved { execution, end_at } => {
+            let row = write_move(tx, execution, *end_at).await.map_err(during(WHAT))?;
+            let run = row.map(Run::try_from).transpose()?;
+            run.map(|run| Event::updated(run, noted.at, *end_at))
+        }
+        Change::Ended { execution, at, reason } => {
+            let row = write_end(tx, execution, *at, reason).await.map_err(during(WHAT))?;
+            let run = row.map(Run::try_from).transpose()?;
+            run.map(|run| Event::killed(run, *at, reason))
+        }
+    })
+}
+
+/// What a changed row tells an event.
+#[derive(sqlx::FromRow)]
+struct StoredRun {
+    execution_id: String,
+    sandbox_id: String,
+    team_id: String,
+    template_id: String,
+    build_id: String,
+    metadata: String,
+    started_at_ms: i64,
+    vcpus: i64,
+    memory_mib: i64,
+}
+
+impl TryFrom<StoredRun> for Run {
+    type Error = StoreError;
+
+    fn try_from(row: StoredRun) -> Result<Self, StoreError> {
+        let team = TeamId::parse(&row.team_id).ok_or_else(|| corrupt("a team id", &row.team_id));
+        let template = row.template_id.parse();
+        let execution = row.execution_id.parse();
+        Ok(Run {
+            team: team?,
+            sandbox: row
+                .sandbox_id
+                .parse()
+                .map_err(|_| corrupt("a sandbox id", &row.sandbox_id))?,
+            execution: execution.map_err(|_| corrupt("an execution id", &row.execution_id))?,
+            template: template.map_err(|_| corrupt("a template id", &row.template_id))?,
+            build: row.build_id.parse().map_err(|_| corrupt("a build id", &row.build_id))?,
+            metadata: serde_json::from_str(&row.metadata)
+                .map_err(|_| corrupt("a sandbox's metadata", &row.metadata))?,
+            started_at: UnixMillis(row.started_at_ms),
+            vcpus: Vcpus(u32::try_from(row.vcpus).unwrap_or_default()),
+            memory: MiB(u32::try_from(row.memory_mib).unwrap_or_default()),
+        })
     }
 }
 
-async fn write_start(tx: &mut Tx, sandbox: &Sandbox) -> Result<(), sqlx::Error> {
+async fn write_move(
+    tx: &mut Tx,
+    execution: &ExecutionId,
+    end_at: UnixMillis,
+) -> Result<Option<StoredRun>, sqlx::Error> {
+    on_tx!(tx, connection => {
+        sqlx::query_as(
+            "UPDATE sandboxes SET end_at_ms = $1 \
+             WHERE execution_id = $2 AND ended_at_ms IS NULL AND end_at_ms <> $1 \
+             RETURNING execution_id, sandbox_id, team_id, template_id, build_id, metadata, \
+             started_at_ms, vcpus, memory_mib",
+        )
+        .bind(end_at.0)
+        .bind(execution.as_str())
+        .fetch_optional(connection)
+        .await
+    })
+}
+
+async fn write_end(
+    tx: &mut Tx,
+    execution: &ExecutionId,
+    at: UnixMillis,
+    reason: &'static str,
+) -> Result<Option<StoredRun>, sqlx::Error> {
+    on_tx!(tx, connection => {
+        sqlx::query_as(
+            "UPDATE sandboxes SET ended_at_ms = $1, end_reason = $2 \
+             WHERE execution_id = $3 AND ended_at_ms IS NULL \
+             RETURNING execution_id, sandbox_id, team_id, template_id, build_id, metadata, \
+             started_at_ms, vcpus, memory_mib",
+        )
+        .bind(at.0)
+        .bind(reason)
+        .bind(execution.as_str())
+        .fetch_optional(connection)
+        .await
+    })
+}
+
+/// Says whether the run was not there.
+async fn write_start(tx: &mut Tx, sandbox: &Sandbox) -> Result<bool, sqlx::Error> {
     let metadata =
         serde_json::to_string(&sandbox.metadata).expect("a map of strings has a JSON form");
     on_tx!(tx, connection => {
@@ -160,6 +243,6 @@ async fn write_start(tx: &mut Tx, sandbox: &Sandbox) -> Result<(), sqlx::Error> 
         .bind(i64::from(sandbox.disk.0))
         .execute(connection)
         .await
-        .map(drop)
+        .map(|done| done.rows_affected() > 0)
     })
 }

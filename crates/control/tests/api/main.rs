@@ -3,6 +3,7 @@
 mod adoption;
 mod document;
 mod endpoints;
+mod events;
 mod faults;
 mod hostile;
 mod idempotency;
@@ -13,3 +14,4 @@ mod placement;
 mod races;
 mod rates;
 mod support;
+mod webhooks;

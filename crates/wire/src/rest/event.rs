@@ -1,12 +1,12 @@
 //! Lifecycle events and webhooks. Source: contract section 1.7; deliveries are our own addition.
 
 use belljar_domain::Secret;
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Deserializer, Serialize};
-
-use super::Time;
 
 /// What happened to a sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub enum EventType {
     /// A run began.
     #[serde(rename = "sandbox.lifecycle.created")]
@@ -71,6 +71,7 @@ impl EventType {
 
 /// One event: an item of `GET /events/sandboxes` and the body of a delivery. Snake case on the wire.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct SandboxEvent {
     /// The same for the same event, however often it is delivered. A UUID.
     pub id: String,
@@ -80,7 +81,7 @@ pub struct SandboxEvent {
     #[serde(rename = "type")]
     pub event_type: EventType,
     /// When.
-    pub timestamp: Time,
+    pub timestamp: DateTime<Utc>,
     /// `lifecycle`.
     pub event_category: String,
     /// See [`EventType::label`].
@@ -101,6 +102,7 @@ pub struct SandboxEvent {
 
 /// Details of an event.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct EventData {
     /// The caller's own labels of the sandbox.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -110,7 +112,7 @@ pub struct EventData {
     pub execution: Option<EventExecution>,
     /// The new end of the sandbox: on updated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub set_timeout: Option<Time>,
+    pub set_timeout: Option<DateTime<Utc>>,
     /// Why it ended: on killed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<KillReason>,
@@ -118,6 +120,7 @@ pub struct EventData {
 
 /// Why a sandbox ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum KillReason {
     /// Somebody asked for it.
@@ -132,9 +135,10 @@ pub enum KillReason {
 
 /// A run that is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct EventExecution {
     /// When it began.
-    pub started_at: Time,
+    pub started_at: DateTime<Utc>,
     /// Virtual CPUs it had.
     pub vcpu_count: u32,
     /// Memory it had, in MiB.
@@ -145,40 +149,50 @@ pub struct EventExecution {
 
 /// Body of `POST /events/webhooks`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct NewWebhook {
     /// For people. 1 to 128 characters.
+    #[cfg_attr(feature = "openapi", schema(min_length = 1, max_length = 128))]
     pub name: String,
     /// Where events are sent: `http` or `https`, at most 2048 bytes.
+    #[cfg_attr(feature = "openapi", schema(min_length = 1, max_length = 2048))]
     pub url: String,
     /// Absent: true.
     #[serde(default)]
     pub enabled: Option<bool>,
     /// Which events are sent. At least one.
+    #[cfg_attr(feature = "openapi", schema(min_items = 1))]
     pub events: Vec<EventType>,
     /// What signatures are made with, 16 to 256 bytes. Never shown.
     #[serde(deserialize_with = "secret")]
+    #[cfg_attr(feature = "openapi", schema(value_type = String, min_length = 16, max_length = 256))]
     pub signature_secret: Secret<String>,
 }
 
 /// Body of `PATCH /events/webhooks/{id}`: what is absent stays.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct UpdateWebhook {
     /// See [`NewWebhook::name`].
     #[serde(default)]
+    #[cfg_attr(feature = "openapi", schema(min_length = 1, max_length = 128))]
     pub name: Option<String>,
     /// See [`NewWebhook::url`].
     #[serde(default)]
+    #[cfg_attr(feature = "openapi", schema(min_length = 1, max_length = 2048))]
     pub url: Option<String>,
     /// See [`NewWebhook::enabled`].
     #[serde(default)]
     pub enabled: Option<bool>,
     /// See [`NewWebhook::events`].
     #[serde(default)]
+    #[cfg_attr(feature = "openapi", schema(min_items = 1))]
     pub events: Option<Vec<EventType>>,
     /// See [`NewWebhook::signature_secret`].
     #[serde(default, deserialize_with = "optional_secret")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>, min_length = 16, max_length = 256))]
     pub signature_secret: Option<Secret<String>>,
 }
 
@@ -192,6 +206,7 @@ fn optional_secret<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Secret<S
 
 /// A webhook as it is shown: everything but its secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Webhook {
     /// A UUID.
@@ -208,11 +223,12 @@ pub struct Webhook {
     /// See [`NewWebhook::events`].
     pub events: Vec<EventType>,
     /// When it was made.
-    pub created_at: Time,
+    pub created_at: DateTime<Utc>,
 }
 
 /// How far a delivery got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum DeliveryState {
     /// It will be tried, for the first time or again.
@@ -242,6 +258,7 @@ impl DeliveryState {
 
 /// One event on its way to one webhook.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct WebhookDelivery {
     /// A UUID; the same at every try.
@@ -262,13 +279,13 @@ pub struct WebhookDelivery {
     /// Tries that have come to an end.
     pub attempts: u32,
     /// When the event happened.
-    pub created_at: Time,
+    pub created_at: DateTime<Utc>,
     /// When it is tried next; only while it is pending.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub next_attempt_at: Option<Time>,
+    pub next_attempt_at: Option<DateTime<Utc>>,
     /// When it was delivered or given up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub finished_at: Option<Time>,
+    pub finished_at: Option<DateTime<Utc>>,
     /// The HTTP status of the last answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_status: Option<u16>,

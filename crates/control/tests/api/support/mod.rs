@@ -2,6 +2,7 @@
 
 pub(crate) mod client;
 pub(crate) mod node;
+pub(crate) mod receiver;
 
 use std::collections::HashMap;
 use std::convert::Infallible;

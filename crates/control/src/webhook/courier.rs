@@ -1,0 +1,169 @@
+//! The courier: takes deliveries that are due and sends them, some at a time.
+//!
+//! Each round asks the store which webhooks have something due, takes as much for each as it has
+//! free hands for, and leaves the rest there. A receiver that is slow holds its own hands only:
+//! every webhook has its own few, and all together have many.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use belljar_daemon::{OnError, Scope, clock};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tracing::{debug, warn};
+
+use super::attempt::{self, Patience};
+use super::guard::Guard;
+use super::send::{Parcel, Sender};
+use crate::config::WebhookConfig;
+use crate::store::{Store, StoreError, Taken, Waiting};
+
+/// Deliveries on their way to one webhook at the same time.
+const HANDS_PER_WEBHOOK: usize = 4;
+/// Deliveries on their way at the same time.
+const HANDS: usize = 512;
+/// Webhooks looked at by one statement.
+const PAGE: u32 = 64;
+/// What a lease is longer than a try: time to write what became of it.
+const LEASE_MARGIN: Duration = Duration::from_secs(5);
+
+/// See the module's own words.
+#[derive(Debug)]
+pub(crate) struct Courier {
+    store: Store,
+    scope: Scope,
+    sender: Sender,
+    patience: Patience,
+    poll_interval: Duration,
+    lease: Duration,
+    hands: Arc<Semaphore>,
+    /// Deliveries on their way, by webhook; none of 0.
+    busy: Mutex<HashMap<String, usize>>,
+}
+
+impl Courier {
+    /// Sends nothing yet. Tries run in `scope`, which gives those back that it interrupts.
+    pub(crate) fn new(store: Store, config: &WebhookConfig, scope: &Scope) -> Arc<Courier> {
+        let guard = Guard { allow_private: config.allow_private };
+        Arc::new(Courier {
+            store,
+            scope: scope.clone(),
+            sender: Sender::new(guard, config.deadline),
+            patience: Patience { retries: config.retries, wait: config.retry_wait },
+            poll_interval: config.poll_interval,
+            lease: config.deadline + LEASE_MARGIN,
+            hands: Arc::new(Semaphore::new(HANDS)),
+            busy: Mutex::default(),
+        })
+    }
+
+    /// Delivers until dropped.
+    pub(crate) async fn run(self: Arc<Self>) -> Result<(), Infallible> {
+        loop {
+            if let Err(e) = self.round().await {
+                let reason = std::error::Error::source(&e).map(ToString::to_string);
+                debug!(error = %e, reason, "deliveries were not looked for; the next round does");
+            }
+            // What other servers write, and what is tried again, is found by looking.
+            let _told_or_due =
+                tokio::time::timeout(self.poll_interval, self.store.deliveries_due().notified())
+                    .await;
+        }
+    }
+
+    async fn round(self: &Arc<Self>) -> Result<(), StoreError> {
+        let mut after = String::new();
+        loop {
+            let page = self.store.waiting(&after, clock::now(), PAGE).await?;
+            let Some(last) = page.last() else { return Ok(()) };
+            after.clone_from(&last.webhook);
+            for waiting in &page {
+                self.serve(waiting).await?;
+            }
+        }
+    }
+
+    /// Takes what there are hands for and sends each on a task of its own.
+    async fn serve(self: &Arc<Self>, waiting: &Waiting) -> Result<(), StoreError> {
+        let mut hands = Vec::new();
+        while let Some(hand) = self.hand(&waiting.webhook) {
+            hands.push(hand);
+        }
+        if hands.is_empty() {
+            return Ok(());
+        }
+        let limit = u32::try_from(hands.len()).unwrap_or(u32::MAX);
+        let now = clock::now();
+        let taken = self.store.take_deliveries(&waiting.webhook, limit, now, self.lease).await?;
+        for (delivery, hand) in taken.into_iter().zip(hands) {
+            let (this, waiting) = (Arc::clone(self), waiting.clone());
+            self.scope.spawn_shielded("webhook delivery", OnError::Log, async move {
+                let outcome = this.deliver(&waiting, delivery).await;
+                drop(hand);
+                // The next one for the same sandbox waits for this one.
+                this.store.deliveries_due().notify_one();
+                outcome
+            });
+        }
+        Ok(())
+    }
+
+    /// A free hand for `webhook`.
+    fn hand(self: &Arc<Self>, webhook: &str) -> Option<Hand> {
+        let permit = Arc::clone(&self.hands).try_acquire_owned().ok()?;
+        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = busy.entry(webhook.to_owned()).or_default();
+        if *count >= HANDS_PER_WEBHOOK {
+            return None;
+        }
+        *count += 1;
+        Some(Hand { courier: Arc::clone(self), webhook: webhook.to_owned(), _permit: permit })
+    }
+
+    async fn deliver(&self, waiting: &Waiting, taken: Taken) -> Result<(), StoreError> {
+        let body =
+            serde_json::to_vec(&taken.event.to_wire()).expect("times and words have a JSON form");
+        let parcel = Parcel {
+            webhook_id: waiting.webhook.clone(),
+            delivery_id: taken.id.clone(),
+            url: waiting.url.clone(),
+            secret: waiting.secret.clone(),
+            body,
+        };
+        let outcome = tokio::select! {
+            outcome = self.sender.send(parcel) => outcome,
+            () = self.scope.cancelled() => return self.store.release_delivery(&taken.id).await,
+        };
+        let now = clock::now();
+        let after = attempt::after(taken.attempts, outcome, now, self.patience);
+        if after.state == attempt::Next::Dead {
+            warn!(
+                webhook = waiting.webhook,
+                delivery = taken.id,
+                reason = after.last_error,
+                "a delivery is given up"
+            );
+        }
+        self.store.finish_delivery(&taken.id, &after, now).await
+    }
+}
+
+/// The right to send one delivery.
+struct Hand {
+    courier: Arc<Courier>,
+    webhook: String,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Hand {
+    fn drop(&mut self) {
+        let mut busy = self.courier.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = busy.get_mut(&self.webhook) {
+            *count -= 1;
+            if *count == 0 {
+                busy.remove(&self.webhook);
+            }
+        }
+    }
+}

@@ -76,6 +76,11 @@ pub(crate) struct Up {
     /// Longest life of a sandbox, in hours.
     #[arg(long, env = "BELLJAR_TIMEOUT_HOURS_MAX", default_value_t = 24, value_name = "HOURS")]
     pub(crate) timeout_hours_max: u32,
+    /// Let webhooks reach private, loopback and link-local addresses.
+    ///
+    /// Whoever has an API key can then make this server send requests to anything it reaches.
+    #[arg(long, env = "BELLJAR_WEBHOOK_ALLOW_PRIVATE")]
+    pub(crate) webhook_allow_private: bool,
     /// Database: `postgres://user:password@host/name`, or a file [default: belljar.db in the data folder].
     ///
     /// A password in an argument shows in the list of processes; the variable does not.

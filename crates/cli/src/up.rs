@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use belljar_control::{ApiKey, Database, Store};
+use belljar_control::{ApiKey, Database, Store, WebhookConfig};
 use belljar_daemon::{OnError, Scope};
 use belljar_proxy::MemoryCatalog;
 use serde::Serialize;
@@ -185,6 +185,10 @@ async fn start_control(
     let config = belljar_control::Config {
         max_sandbox_length: Duration::from_secs(u64::from(options.timeout_hours_max) * 3600),
         max_concurrent_sandboxes: u32::from(options.host.sandboxes_max),
+        webhooks: WebhookConfig {
+            allow_private: options.webhook_allow_private,
+            ..WebhookConfig::default()
+        },
         ..belljar_control::Config::default()
     };
     let deps = belljar_control::Deps {

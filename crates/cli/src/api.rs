@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use belljar_domain::Secret;
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Bytes;
@@ -73,13 +74,24 @@ struct ApiError {
 
 /// The REST client.
 pub(crate) struct Api {
-    target: Target,
+    base: String,
+    /// The header that says who asks.
+    credential: (&'static str, Secret<String>),
     http: Client<HttpConnector, Full<Bytes>>,
 }
 
 impl Api {
     pub(crate) fn new(target: Target) -> Api {
-        Api { target, http: Client::builder(TokioExecutor::new()).build_http() }
+        Api::with(target.api_url, ("x-api-key", Secret::new(target.api_key)))
+    }
+
+    /// A client that acts as whoever runs the server.
+    pub(crate) fn of_operator(api_url: String, token: &Secret<String>) -> Api {
+        Api::with(api_url, ("x-admin-token", token.clone()))
+    }
+
+    fn with(base: String, credential: (&'static str, Secret<String>)) -> Api {
+        Api { base, credential, http: Client::builder(TokioExecutor::new()).build_http() }
     }
 
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
@@ -113,7 +125,34 @@ impl Api {
         path: &str,
         body: &serde_json::Value,
     ) -> Result<T> {
-        let (status, answer) = self.call(Method::POST, path, Some(body.to_string())).await?;
+        self.send(Method::POST, path, body).await
+    }
+
+    /// Changes a part of what is there.
+    pub(crate) async fn patch<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &serde_json::Value,
+    ) -> Result<T> {
+        self.send(Method::PATCH, path, body).await
+    }
+
+    /// Makes something be as it is described.
+    pub(crate) async fn put<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &serde_json::Value,
+    ) -> Result<T> {
+        self.send(Method::PUT, path, body).await
+    }
+
+    async fn send<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &serde_json::Value,
+    ) -> Result<T> {
+        let (status, answer) = self.call(method, path, Some(body.to_string())).await?;
         if !status.is_success() {
             return Err(refused(status, &answer));
         }
@@ -126,11 +165,11 @@ impl Api {
         path: &str,
         body: Option<String>,
     ) -> Result<(StatusCode, Bytes)> {
-        let url = format!("{}{path}", self.target.api_url);
+        let url = format!("{}{path}", self.base);
         let request = Request::builder()
             .method(method)
             .uri(&url)
-            .header("x-api-key", &self.target.api_key)
+            .header(self.credential.0, self.credential.1.expose())
             .header("content-type", "application/json")
             .body(Full::from(body.unwrap_or_default()))
             .with_context(|| format!("failed to build a request to {url}"))?;
@@ -138,7 +177,7 @@ impl Api {
             let answer = self.http.request(request).await.map_err(|e| {
                 anyhow!(e).context(format!(
                     "failed to reach the server at {}: is `belljar up` running?",
-                    self.target.api_url
+                    self.base
                 ))
             })?;
             let status = answer.status();
@@ -150,7 +189,7 @@ impl Api {
         };
         match tokio::time::timeout(DEADLINE, exchange).await {
             Ok(outcome) => outcome,
-            Err(_) => bail!("the server at {} gave no answer in {DEADLINE:?}", self.target.api_url),
+            Err(_) => bail!("the server at {} gave no answer in {DEADLINE:?}", self.base),
         }
     }
 }

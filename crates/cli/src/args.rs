@@ -1,10 +1,14 @@
 //! The command line: every command, flag and environment variable of `belljar`.
 
+mod operator;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use belljar_control::Database;
+use belljar_control::{Cidr, Database};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub(crate) use operator::{KeyCommand, LimitOptions, TeamCommand, TokenCommand, UserCommand};
 
 /// A self-hosted sandbox cloud for AI agents that speaks the E2B API.
 ///
@@ -31,6 +35,11 @@ pub(crate) struct Place {
     /// Folder of the server's state [default: /var/lib/belljar as root, else ~/.local/share/belljar].
     #[arg(long, global = true, env = "BELLJAR_DATA_DIR", value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
+    /// File with the admin token [default: admin-token in the data folder, made by the first `up`].
+    ///
+    /// BELLJAR_ADMIN_TOKEN may hold the token itself instead.
+    #[arg(long, global = true, env = "BELLJAR_ADMIN_TOKEN_FILE", value_name = "FILE")]
+    pub(crate) admin_token_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -49,6 +58,18 @@ pub(crate) enum Command {
     /// Look at and build templates.
     #[command(subcommand)]
     Template(TemplateCommand),
+    /// Keep teams: limits, addresses, who is blocked.
+    #[command(subcommand)]
+    Team(TeamCommand),
+    /// Keep users, and which teams they may act for.
+    #[command(subcommand)]
+    User(UserCommand),
+    /// Keep the API keys of teams.
+    #[command(subcommand)]
+    Key(KeyCommand),
+    /// Keep the access tokens of users.
+    #[command(subcommand)]
+    Token(TokenCommand),
 }
 
 #[derive(Debug, Clone, Args)]
@@ -81,6 +102,15 @@ pub(crate) struct Up {
     /// Whoever has an API key can then make this server send requests to anything it reaches.
     #[arg(long, env = "BELLJAR_WEBHOOK_ALLOW_PRIVATE")]
     pub(crate) webhook_allow_private: bool,
+    /// Proxy in front of this server whose X-Forwarded-For is believed, an address range; may be
+    /// repeated.
+    #[arg(
+        long = "trusted-proxy",
+        env = "BELLJAR_TRUSTED_PROXIES",
+        value_delimiter = ',',
+        value_name = "CIDR"
+    )]
+    pub(crate) trusted_proxies: Vec<Cidr>,
     /// Database: `postgres://user:password@host/name`, or a file [default: belljar.db in the data folder].
     ///
     /// A password in an argument shows in the list of processes; the variable does not.

@@ -11,6 +11,7 @@ mod host;
 mod lock;
 mod logs;
 mod node;
+mod operator;
 mod output;
 mod preset;
 mod sandbox;
@@ -26,11 +27,13 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use belljar_daemon::fault;
 use belljar_daemon::telemetry::{self, LogFormat};
+use belljar_domain::Secret;
 use clap::Parser as _;
 use serde::Serialize;
 
 use api::{SdkEnv, Target};
 use args::{Cli, Command, SandboxCommand, TemplateCommand};
+use operator::token_file::{self, AdminEnv};
 use preset::Local;
 
 fn main() -> ExitCode {
@@ -72,8 +75,13 @@ async fn dispatch(cli: Cli) -> Result<ExitCode> {
     }
     let local = Local::open(&cli.place, environment.home.as_deref())?;
     let target = || Target::find(&local, &environment.sdk);
+    let admin = AdminEnv {
+        token: environment.admin_token,
+        file: cli.place.admin_token_file.clone(),
+        api_url: environment.sdk.api_url.clone(),
+    };
     match cli.command {
-        Command::Up(options) => up::run(local, options, cli.json).await,
+        Command::Up(options) => up::run(local, options, &admin, cli.json).await,
         Command::Node(options) => node::run(local, options, cli.json).await,
         Command::Env => print_env(&local, cli.json),
         Command::Doctor(options) => doctor::run(&local, &options, cli.json).await,
@@ -95,6 +103,19 @@ async fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Template(TemplateCommand::Build(options)) => {
             template_build::build(&local, options, cli.json).await
         }
+        Command::Team(command) => {
+            operator::team::run(&token_file::api(&local, &admin)?, command, cli.json).await
+        }
+        Command::User(command) => {
+            operator::user::run(&token_file::api(&local, &admin)?, command, cli.json).await
+        }
+        Command::Key(command) => {
+            operator::credentials::keys(&token_file::api(&local, &admin)?, command, cli.json).await
+        }
+        Command::Token(command) => {
+            let api = token_file::api(&local, &admin)?;
+            operator::credentials::tokens(&api, command, cli.json).await
+        }
     }
 }
 
@@ -102,6 +123,8 @@ async fn dispatch(cli: Cli) -> Result<ExitCode> {
 struct Environment {
     home: Option<PathBuf>,
     sdk: SdkEnv,
+    /// What the operator shows the server.
+    admin_token: Option<Secret<String>>,
     /// Where a test wants this process to die.
     fault: Option<String>,
 }
@@ -112,6 +135,7 @@ impl Environment {
         let text = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         Environment {
             home: text("HOME").map(PathBuf::from),
+            admin_token: text("BELLJAR_ADMIN_TOKEN").map(Secret::new),
             fault: text("BELLJAR_FAULT"),
             sdk: SdkEnv {
                 api_url: text("E2B_API_URL"),

@@ -89,6 +89,10 @@ impl Local {
         self.data_dir.join("api-key")
     }
 
+    pub(crate) fn admin_token_file(&self) -> PathBuf {
+        self.data_dir.join("admin-token")
+    }
+
     pub(crate) fn server_file(&self) -> PathBuf {
         self.data_dir.join("server.json")
     }

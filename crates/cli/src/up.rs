@@ -20,6 +20,7 @@ use crate::args::Up;
 use crate::catalog::Announcer;
 use crate::host::{Host, SANDBOXES_GRACE, remove_run_dirs};
 use crate::lock;
+use crate::operator::token_file::{self, AdminEnv};
 use crate::output;
 use crate::preset::Local;
 use crate::server_file::{Server, write_private};
@@ -47,7 +48,12 @@ struct Ready<'a> {
     pid: u32,
 }
 
-pub(crate) async fn run(local: Local, options: Up, as_json: bool) -> Result<ExitCode> {
+pub(crate) async fn run(
+    local: Local,
+    options: Up,
+    admin: &AdminEnv,
+    as_json: bool,
+) -> Result<ExitCode> {
     let mut stop = StopSignals::new()?;
     let _lock = lock::take(&local.lock_file())?;
     let api = listen(options.bind, options.api_port, "--api-port").await?;
@@ -57,7 +63,7 @@ pub(crate) async fn run(local: Local, options: Up, as_json: bool) -> Result<Exit
         true => Some(Host::open(&local, &options.host, &root).await?),
         false => None,
     };
-    let parts = Parts { local: &local, options: &options, host: host.as_ref() };
+    let parts = Parts { local: &local, options: &options, admin, host: host.as_ref() };
     let outcome = serve(&parts, (api, proxy), &root, &mut stop, as_json).await;
     let close = async {
         match &host {
@@ -79,6 +85,7 @@ pub(crate) async fn run(local: Local, options: Up, as_json: bool) -> Result<Exit
 struct Parts<'a> {
     local: &'a Local,
     options: &'a Up,
+    admin: &'a AdminEnv,
     /// `None` when its nodes are other processes.
     host: Option<&'a Host>,
 }
@@ -189,11 +196,13 @@ async fn start_control(
             allow_private: options.webhook_allow_private,
             ..WebhookConfig::default()
         },
+        trusted_proxies: options.trusted_proxies.clone(),
         ..belljar_control::Config::default()
     };
     let deps = belljar_control::Deps {
         node_sockets: parts.node_sockets(),
         routes: Arc::new(Announcer(catalog)),
+        admin_token: Some(token_file::for_server(local, parts.admin)?),
         store: store.clone(),
     };
     let inner = scope.clone();

@@ -1,8 +1,10 @@
 //! The public REST API: which path means what. Source: contract sections 1.1 to 1.3.
 
+mod admin;
 mod auth;
 mod body;
 mod create;
+mod credentials;
 mod document;
 mod error;
 mod events;
@@ -12,6 +14,7 @@ mod later;
 mod list;
 mod logs;
 mod metrics;
+mod names;
 mod page;
 mod path;
 mod query;
@@ -40,7 +43,8 @@ use error::ApiError;
 /// Every route of the API.
 pub(crate) fn router(app: Arc<App>) -> Router {
     let open = document::frame().routes(routes!(health));
-    document::serve(open.merge(of_teams(&app)))
+    let all = open.merge(of_teams(&app)).merge(of_people(&app)).merge(of_operator(&app));
+    document::serve(all)
         .method_not_allowed_fallback(no_such_method)
         .fallback(no_such_route)
         .layer(from_fn(head::limit))
@@ -76,6 +80,48 @@ fn of_teams(app: &Arc<App>) -> Routes {
     later::mount(document::guarded(routes, Access::Team))
         .route_layer(from_fn_with_state(Arc::clone(app), rates::per_team))
         .route_layer(from_fn_with_state(Arc::clone(app), auth::require_team))
+}
+
+/// What people do with their teams' keys, and their own.
+fn of_people(app: &Arc<App>) -> Routes {
+    let of_members = Routes::default()
+        .routes(routes!(credentials::list_keys, credentials::create_key))
+        .routes(routes!(credentials::rename_key, credentials::delete_key));
+    let of_members = document::guarded(of_members, Access::Member)
+        .route_layer(from_fn_with_state(Arc::clone(app), rates::per_team))
+        .route_layer(from_fn_with_state(Arc::clone(app), auth::require_member));
+    let of_users = Routes::default().routes(routes!(credentials::list_teams));
+    let of_users = document::guarded(of_users, Access::User)
+        .route_layer(from_fn_with_state(Arc::clone(app), auth::require_user));
+    let of_signed_in = Routes::default()
+        .routes(routes!(credentials::create_token))
+        .routes(routes!(credentials::delete_token));
+    let of_signed_in = document::guarded(of_signed_in, Access::SignedIn)
+        .route_layer(from_fn_with_state(Arc::clone(app), auth::require_signed_in));
+    of_members.merge(of_users).merge(of_signed_in)
+}
+
+/// What whoever runs the server does.
+fn of_operator(app: &Arc<App>) -> Routes {
+    use admin::{credentials, teams, tiers, users, work};
+    let routes = Routes::default()
+        .routes(routes!(teams::list, teams::create))
+        .routes(routes!(teams::detail, teams::update, teams::delete))
+        .routes(routes!(users::list_members))
+        .routes(routes!(users::put_member, users::remove_member))
+        .routes(routes!(credentials::list_keys, credentials::create_key))
+        .routes(routes!(credentials::delete_key))
+        .routes(routes!(work::kill_sandboxes))
+        .routes(routes!(work::running_counts))
+        .routes(routes!(work::cancel_builds))
+        .routes(routes!(tiers::list))
+        .routes(routes!(tiers::put, tiers::delete))
+        .routes(routes!(users::list, users::create))
+        .routes(routes!(users::delete))
+        .routes(routes!(credentials::list_tokens, credentials::create_token))
+        .routes(routes!(credentials::delete_token));
+    document::guarded(routes, Access::Operator)
+        .route_layer(from_fn_with_state(Arc::clone(app), auth::require_operator))
 }
 
 /// Whether the server answers.

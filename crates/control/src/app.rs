@@ -1,29 +1,23 @@
 //! What every request and every background task works with.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
 use belljar_daemon::Scope;
 use belljar_domain::Secret;
 
+use crate::access::Access;
 use crate::config::Config;
 use crate::idempotency;
-use crate::keys::{ApiKey, KeyHash};
 use crate::live::{Live, Sandbox};
 use crate::nodes::{Member, Nodes};
 use crate::oidc::Verifier;
 use crate::rates::Limits;
 use crate::route::{Route, RouteSink};
-use crate::store::{Store, StoreError};
-use crate::team::Team;
+use crate::store::Store;
 use crate::templates::Templates;
 use crate::token::TokenSeed;
 use crate::unsettled::Unsettled;
 use crate::writer::Writer;
-
-/// How long a key that was found is believed without asking the store again.
-const KEY_MEMORY: Duration = Duration::from_secs(10);
 
 /// The running control plane.
 pub(crate) struct App {
@@ -41,8 +35,7 @@ pub(crate) struct App {
     pub(crate) scope: Scope,
     pub(crate) routes: Arc<dyn RouteSink>,
     pub(crate) tokens: TokenSeed,
-    pub(crate) keys: KeyMemory,
-    #[expect(dead_code, reason = "asked once users and memberships exist")]
+    pub(crate) access: Arc<Access>,
     pub(crate) oidc: Verifier,
     pub(crate) limits: Limits,
 }
@@ -66,37 +59,5 @@ impl App {
             envd_access_token: self.token_of(sandbox),
         };
         self.routes.publish(&sandbox.id, route);
-    }
-
-    /// The team `key` acts for.
-    pub(crate) async fn team_of(&self, key: &ApiKey) -> Result<Option<Arc<Team>>, StoreError> {
-        let hash = key.hash();
-        if let Some(team) = self.keys.recall(&hash) {
-            return Ok(Some(team));
-        }
-        let found = self.store.team_of_key(&hash).await?.map(Arc::new);
-        if let Some(team) = &found {
-            self.keys.remember(hash, Arc::clone(team));
-        }
-        Ok(found)
-    }
-}
-
-/// Keys found lately. Only keys that exist are kept, so callers cannot fill it.
-#[derive(Debug, Default)]
-pub(crate) struct KeyMemory {
-    found: Mutex<HashMap<KeyHash, (Arc<Team>, Instant)>>,
-}
-
-impl KeyMemory {
-    fn recall(&self, hash: &KeyHash) -> Option<Arc<Team>> {
-        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        let (team, since) = found.get(hash)?;
-        (since.elapsed() < KEY_MEMORY).then(|| Arc::clone(team))
-    }
-
-    fn remember(&self, hash: KeyHash, team: Arc<Team>) {
-        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        found.insert(hash, (team, Instant::now()));
     }
 }

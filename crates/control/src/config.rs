@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::cidr::Cidr;
+use crate::keys::AdminToken;
 use crate::oidc::OidcIssuer;
 use crate::rates::Rates;
 use crate::route::RouteSink;
@@ -15,12 +17,16 @@ pub struct Config {
     /// Domain clients reach sandboxes under, told to them in answers. `None` leaves the choice to
     /// the client (plain HTTP on localhost).
     pub public_domain: Option<String>,
-    /// Longest time to live one request may ask for. Source: contract section 9, the pro tier.
+    /// Longest time to live one request of a team in the tier `local` may ask for. Written to that
+    /// tier at start, as the next one.
     pub max_sandbox_length: Duration,
-    /// Sandboxes one team may have running or starting.
+    /// Sandboxes a team in the tier `local` may have running or starting.
     pub max_concurrent_sandboxes: u32,
     /// Whose bearer tokens are accepted. Those with the same URL are one issuer of several audiences.
     pub oidc: Vec<OidcIssuer>,
+    /// Proxies in front of this server, whose `X-Forwarded-For` is believed. The address they name
+    /// counts where addresses count: team allow-lists and request rates.
+    pub trusted_proxies: Vec<Cidr>,
     /// Requests taken of a team and from an address.
     pub rates: Rates,
     /// How long [`crate::serve`] waits for the nodes to answer. It goes on without those that do
@@ -72,6 +78,7 @@ impl Default for Config {
             max_sandbox_length: Duration::from_secs(24 * 3600),
             max_concurrent_sandboxes: 100,
             oidc: Vec::new(),
+            trusted_proxies: Vec::new(),
             rates: Rates::default(),
             node_wait: Duration::from_secs(30),
             reconcile_interval: Duration::from_secs(60),
@@ -88,6 +95,8 @@ pub struct Deps {
     pub node_sockets: Vec<PathBuf>,
     /// Where routes of live sandboxes go.
     pub routes: Arc<dyn RouteSink>,
+    /// What the operator shows in `X-Admin-Token`; `None` lets nobody in by that way.
+    pub admin_token: Option<AdminToken>,
     /// The store. The caller closes it after [`crate::serve`] has returned.
     pub store: Store,
 }

@@ -18,8 +18,10 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use crate::app::App;
+use crate::creation_rate::TooFast;
 use crate::idempotency::{Begin, Key, KeyTaken, Ticket};
 use crate::lifecycle::shielded;
+use crate::limits::TooBig;
 use crate::live::{AtLimit, EndedEarly, Sandbox, Slot, Terms};
 use crate::node::{NodeCallError, Start};
 use crate::nodes::{Contact, Member};
@@ -57,6 +59,10 @@ pub(crate) enum CreateError {
     #[error(transparent)]
     AtLimit(#[from] AtLimit),
     #[error(transparent)]
+    TooBig(#[from] TooBig),
+    #[error(transparent)]
+    TooFast(#[from] TooFast),
+    #[error(transparent)]
     EndedEarly(#[from] EndedEarly),
     #[error("create the sandbox: no node that has its template takes sandboxes now")]
     NoNode,
@@ -76,7 +82,8 @@ impl CreateError {
             CreateError::Key(KeyTaken::Mismatch) => Kind::Invalid,
             CreateError::Key(_) => Kind::Conflict,
             CreateError::Template(e) => e.kind(),
-            CreateError::AtLimit(_) => Kind::Quota,
+            CreateError::AtLimit(_) | CreateError::TooFast(_) => Kind::Quota,
+            CreateError::TooBig(e) => e.kind(),
             CreateError::EndedEarly(_) | CreateError::NoNode | CreateError::NoCompatibleNode => {
                 Kind::Unavailable
             }
@@ -95,6 +102,8 @@ impl CreateError {
             CreateError::Key(_)
             | CreateError::Template(_)
             | CreateError::AtLimit(_)
+            | CreateError::TooBig(_)
+            | CreateError::TooFast(_)
             | CreateError::NoNode
             | CreateError::NoCompatibleNode
             | CreateError::TaskBroke => false,
@@ -137,8 +146,12 @@ async fn create_here(
     ticket: Option<Ticket>,
 ) -> Result<Arc<Sandbox>, CreateError> {
     let placed = resolve(app, &spec.template, team).await?;
-    let limit = app.config.max_concurrent_sandboxes;
+    let (limits, template) = (&team.limits, &placed.template);
+    limits.allow_size(template.vcpus, template.memory, template.disk)?;
+    let limit = limits.max_concurrent_sandboxes;
     let mut slot = app.live.reserve(&team.id, limit, clock::now())?;
+    let now = Instant::now().into_std();
+    app.access.creation_rate.take(&team.id, limits.creates_per_second, now)?;
     reach(Point::CreateReserved);
     let sandbox = match place(app, team, spec, &placed, &mut slot).await {
         Ok(sandbox) => sandbox,
@@ -219,6 +232,8 @@ fn is_astray(error: &CreateError) -> bool {
         CreateError::Key(_)
         | CreateError::Template(_)
         | CreateError::AtLimit(_)
+        | CreateError::TooBig(_)
+        | CreateError::TooFast(_)
         | CreateError::EndedEarly(_)
         | CreateError::NoNode
         | CreateError::NoCompatibleNode

@@ -15,18 +15,21 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod access;
 mod api;
 mod app;
+mod cidr;
 mod config;
 mod creation;
+mod creation_rate;
 mod event;
 mod idempotency;
 mod keys;
 mod lifecycle;
+mod limits;
 mod live;
 mod node;
 mod nodes;
-#[cfg_attr(not(test), expect(dead_code, reason = "who signs in comes with users and memberships"))]
 mod oidc;
 mod outgoing;
 mod peer;
@@ -44,12 +47,16 @@ mod unsettled;
 mod webhook;
 mod writer;
 
+pub use cidr::{Cidr, CidrError};
 pub use config::{Config, Deps, WebhookConfig};
-pub use keys::{ApiKey, ApiKeyError};
+pub use keys::{
+    AccessToken, AdminToken, AdminTokenError, ApiKey, Credential, CredentialError, CredentialKind,
+};
+pub use limits::Limits;
 pub use node::NodeCallError;
 pub use oidc::{OidcIssuer, OidcIssuerError};
 pub use rates::{Rate, RateError, Rates};
 pub use route::{Route, RouteSink};
 pub use serve::{ServeError, serve};
 pub use store::{Database, DatabaseError, Store, StoreError};
-pub use team::{Team, TeamId};
+pub use team::{CredentialId, Team, TeamId, UserId};

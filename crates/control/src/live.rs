@@ -212,7 +212,6 @@ impl Live {
     }
 
     /// What `team` has running and starting: what its limit counts.
-    #[cfg(test)]
     pub(crate) fn count(&self, team: &TeamId, now: UnixMillis) -> usize {
         self.lock().settled(team, now).map_or(0, |index| index.starting + index.visible())
     }

@@ -27,8 +27,9 @@ use tokio::time::Instant;
 use tower::ServiceExt as _;
 use tracing::{debug, info, warn};
 
+use crate::access::Access;
 use crate::api;
-use crate::app::{App, KeyMemory};
+use crate::app::App;
 use crate::config::{Config, Deps};
 use crate::node::{NodeCallError, Watch};
 use crate::nodes::Nodes;
@@ -107,6 +108,10 @@ pub async fn serve(
     // The writer's scope is nobody's child: it ends when the last thing to remember is written.
     let writing = Scope::root("control writer");
     let requests = scope.child("control");
+    deps.store
+        .set_local_tier(config.max_concurrent_sandboxes, config.max_sandbox_length.as_secs())
+        .await?;
+    let access = Arc::new(Access::new(deps.store.clone(), deps.admin_token));
     let app = Arc::new(App {
         live: Arc::default(),
         nodes: Nodes::at(deps.node_sockets),
@@ -117,12 +122,13 @@ pub async fn serve(
         scope: requests.clone(),
         routes: deps.routes,
         tokens: deps.store.token_seed().await?,
-        keys: KeyMemory::default(),
+        access: Arc::clone(&access),
         limits: Limits::new(config.rates),
         oidc: Verifier::new(&config.oidc, &requests)?,
         store: deps.store,
         config,
     });
+    access.start(&requests);
     let outcome = tokio::select! {
         () = scope.cancelled() => Ok(()),
         attached = attach_all(&app) => match attached {
@@ -246,7 +252,8 @@ async fn connection(app: &App, router: axum::Router, stream: TcpStream, peer: So
     let service = service_fn(|request: Request<Incoming>| {
         asked.store(true, Ordering::Relaxed);
         let mut request = Drained::of(request, app.scope.clone()).map(Body::new);
-        request.extensions_mut().insert(Peer(peer.ip().to_canonical()));
+        let who = Peer::of(peer.ip(), request.headers(), &app.config.trusted_proxies);
+        request.extensions_mut().insert(who);
         router.clone().oneshot(request)
     });
     let mut builder = auto::Builder::new(Spawner(app.scope.clone()));

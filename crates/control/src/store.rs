@@ -6,6 +6,7 @@
 //!
 //! The database holds the seed of all sandbox tokens, so a file is made readable by its owner only.
 
+mod credentials;
 mod database;
 mod deliveries;
 mod events;
@@ -13,6 +14,8 @@ mod sandboxes;
 mod teams;
 #[cfg(test)]
 pub(crate) mod testing;
+mod tiers;
+mod users;
 mod webhooks;
 
 use std::path::{Path, PathBuf};
@@ -23,11 +26,15 @@ use tokio::sync::Notify;
 
 use crate::token::TokenSeed;
 
+pub(crate) use credentials::{CredentialRecord, Used};
 pub use database::{Database, DatabaseError};
 pub(crate) use database::{Pool, Tx, on_pool, on_tx};
 pub(crate) use deliveries::{DeliveriesWanted, Delivery, Taken, Waiting};
 pub(crate) use events::EventsWanted;
 pub(crate) use sandboxes::{RunRow, Spawned};
+pub(crate) use teams::{TeamChange, TeamDraft, TeamError, TeamRecord};
+pub(crate) use tiers::{TierError, TierRecord};
+pub(crate) use users::{Identity, MemberRecord, UserError, UserRecord};
 pub(crate) use webhooks::{Webhook, WebhookChange, WebhookTerms};
 
 const SEED_SETTING: &str = "envd_token_seed";
@@ -192,7 +199,8 @@ mod tests {
 
             let store = bench.store().await;
             assert_eq!(store.ensure_team("default").await.expect("the team"), team);
-            assert_eq!(store.team_of_key(&key.hash()).await.expect("a lookup"), Some(team));
+            let found = store.team_of_key(&key.hash()).await.expect("a lookup");
+            assert_eq!(found.map(|(_, team)| team), Some(team));
             assert!(!store.has_key(&ApiKey::random()).await.expect("a lookup"));
             assert_eq!(store.token_seed().await.expect("the seed").to_stored(), seed);
             store.close().await;

@@ -216,7 +216,6 @@ fn merged(by_node: &BTreeMap<NodeIx, Vec<Template>>) -> Vec<Placed> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::team::TeamId;
 
     fn template(created_at: i64) -> Template {
         Template {
@@ -256,7 +255,7 @@ mod tests {
     }
 
     fn resolve(text: &str) -> Result<TemplateId, ResolveError> {
-        let team = Team { id: TeamId::random(), slug: "default".to_owned() };
+        let team = Team::called("default");
         let reference: Reference = text.parse()?;
         templates().resolve(&reference, &team).map(|placed| placed.template.id)
     }

@@ -4,7 +4,9 @@
 //! body repeats the HTTP status because clients read it there. Unknown fields in a request are
 //! ignored, an explicit `null` reads as "absent".
 
+mod admin;
 mod event;
+mod identity;
 mod log;
 mod metrics;
 mod sandbox;
@@ -12,9 +14,17 @@ mod template;
 
 use serde::{Deserialize, Serialize};
 
+pub use admin::{
+    AdminTeam, CancelledBuilds, KilledSandboxes, LimitOverrides, Limits, Member, NewMember,
+    NewTeam, NewUser, Tier, UpdateTeam, User, UserIdentity,
+};
 pub use event::{
     DeliveryState, EventData, EventExecution, EventType, KillReason, NewWebhook, SandboxEvent,
     UpdateWebhook, Webhook, WebhookDelivery,
+};
+pub use identity::{
+    AccessToken, CreatedAccessToken, CreatedTeamApiKey, IdentifierMask, NewAccessToken,
+    NewTeamApiKey, TeamApiKey, UpdateTeamApiKey, UserTeam,
 };
 pub use log::{LogLevel, SandboxLog, SandboxLogEntry, SandboxLogs, SandboxLogsV2};
 pub use metrics::{MaxTeamMetric, SandboxMetric, SandboxesWithMetrics, TeamMetric};

@@ -72,6 +72,13 @@ impl Server {
         Some((status, serde_json::from_str(&text).unwrap_or(Value::Null)))
     }
 
+    /// One REST call with another key.
+    pub fn api_as(&self, key: &str, method: &str, path: &str) -> (u16, Value) {
+        let headers = format!("X-API-Key: {key}\r\n");
+        let (status, text) = exchange(self.text("api_url"), method, path, &headers, "");
+        (status, serde_json::from_str(&text).unwrap_or(Value::Null))
+    }
+
     /// One GET through the proxy.
     pub fn traffic(&self, id: &str, port: u16, path: &str, more: &str) -> (u16, String) {
         let headers = format!("E2b-Sandbox-Id: {id}\r\nE2b-Sandbox-Port: {port}\r\n{more}");

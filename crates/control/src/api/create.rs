@@ -10,6 +10,7 @@ use belljar_wire::rest::{NewSandbox, SandboxNetwork};
 
 use super::error::ApiError;
 use crate::creation::CreateSpec;
+use crate::limits::hours;
 
 /// The rule that closes the internet. Source: contract section 1.2.
 const ALL_IPV4: &str = "0.0.0.0/0";
@@ -21,8 +22,8 @@ pub(crate) fn lifetime(seconds: i64, max: Duration) -> Result<Duration, ApiError
         return Err(ApiError::bad_request("Timeout must be greater than 0"));
     }
     if seconds > max.as_secs() {
-        let hours = max.as_secs() / 3600;
-        return Err(ApiError::bad_request(format!("Timeout cannot be greater than {hours} hours")));
+        let hours = hours(max);
+        return Err(ApiError::bad_request(format!("Timeout cannot be greater than {hours}")));
     }
     Ok(Duration::from_secs(seconds))
 }

@@ -37,13 +37,25 @@ const ADMIN_TEAM: &str = "AdminTeamAuth";
 pub(crate) enum Access {
     /// A team, by any of the ways to name one.
     Team,
+    /// Somebody who manages a team: its users and the operator, not its keys.
+    Member,
+    /// A user, whichever of their teams is meant.
+    User,
+    /// A user who has signed in.
+    SignedIn,
+    /// Whoever runs the server.
+    Operator,
 }
 
 impl Access {
     /// The alternatives; each is what one request has to carry together.
     fn alternatives(self) -> &'static [&'static [&'static str]] {
         match self {
-            Access::Team => &[&[API_KEY]],
+            Access::Team => &[&[API_KEY], &[ADMIN, ADMIN_TEAM], &[PROVIDER, PROVIDER_TEAM]],
+            Access::Member => &[&[ADMIN, ADMIN_TEAM], &[PROVIDER, PROVIDER_TEAM]],
+            Access::User => &[&[ACCESS_TOKEN], &[PROVIDER]],
+            Access::SignedIn => &[&[PROVIDER]],
+            Access::Operator => &[&[ADMIN]],
         }
     }
 
@@ -61,6 +73,7 @@ impl Access {
 const GUARDED: &[(&str, &str)] = &[
     ("400", "The path, a parameter, a header or the body is not valid; the message names it"),
     ("401", "Who is asking is not known"),
+    ("403", "The team is blocked, not the caller's, or not to be reached from this address"),
     ("429", "Too many requests, or a limit of the team is reached"),
     ("500", "The server failed"),
     ("503", "The server cannot do it at the moment; try again"),
@@ -93,6 +106,8 @@ pub(crate) fn guarded(mut routes: Routes, access: Access) -> Routes {
     components(schemas(rest::Error)),
     tags(
         (name = "sandboxes", description = "Machines that run"),
+        (name = "identity", description = "Teams, keys and tokens, as their owners see them"),
+        (name = "admin", description = "What whoever runs the server does"),
         (name = "templates", description = "What sandboxes start from"),
         (name = "events", description = "What happened to sandboxes, and who is told"),
         (name = "server", description = "The server itself"),

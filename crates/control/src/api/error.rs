@@ -2,6 +2,8 @@
 //!
 //! A client sees the public message only. What else is known is logged here, once.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 use belljar_domain::Kind;
@@ -28,6 +30,11 @@ pub(crate) struct ApiError {
     message: String,
     error_code: Option<&'static str>,
     retry: Option<Retry>,
+}
+
+/// A wait as clients take it: whole seconds, never too few.
+fn whole_seconds(wait: Duration) -> u32 {
+    u32::try_from(wait.as_millis().div_ceil(1000)).unwrap_or(u32::MAX).max(1)
 }
 
 /// What a client should do about a failed request, where it cannot be told from the status.
@@ -70,6 +77,10 @@ impl ApiError {
 
     pub(crate) fn not_found(message: impl Into<String>) -> Self {
         Self::of_kind(Kind::NotFound, message)
+    }
+
+    pub(crate) fn forbidden(message: impl Into<String>) -> Self {
+        Self::of_kind(Kind::Forbidden, message)
     }
 
     /// `id` as the client spelled it.
@@ -268,6 +279,16 @@ impl From<CreateError> for ApiError {
                 .final_word()
             }
             CreateError::Key(taken) => taken.into(),
+            CreateError::TooBig(e) => Self::of_kind(kind, e.to_string()),
+            CreateError::TooFast(e) => Self::of_kind(
+                kind,
+                format!(
+                    "this team may begin {} sandboxes a second; wait, or ask who runs this \
+                     server for a higher limit",
+                    e.per_second
+                ),
+            )
+            .retry_after(whole_seconds(e.wait)),
             CreateError::Node(e) => Self::of_create(&e),
             CreateError::EndedEarly(_) => {
                 log(&error);

@@ -121,7 +121,7 @@ async fn create_with(
     default_seconds: i64,
     secure: bool,
 ) -> Answer {
-    let spec = create::spec(body, default_seconds, secure, app.config.max_sandbox_length)?;
+    let spec = create::spec(body, default_seconds, secure, team.limits.max_length())?;
     let sandbox = creation::create(app, team, CreateSpec { key, ..spec }).await?;
     let body = JsonAnswer(shapes::sandbox(app, &sandbox));
     Ok((StatusCode::CREATED, body).into_response())
@@ -208,7 +208,7 @@ pub(crate) async fn connect_v2(
 
 /// A running sandbox is only ever extended by connecting.
 async fn connect_with(app: &Arc<App>, team: &Arc<Team>, named: &Named, seconds: i64) -> Answer {
-    let lifetime = create::lifetime(seconds, app.config.max_sandbox_length)?;
+    let lifetime = create::lifetime(seconds, team.limits.max_length())?;
     let sandbox = lifecycle::move_end(app, team, &named.id, NewEnd::NotBefore(lifetime))
         .await
         .map_err(|e| ApiError::of_end(&e, &named.text))?;
@@ -232,7 +232,7 @@ pub(crate) async fn set_timeout(
     named: Named,
     Json(body): Json<rest::SetTimeout>,
 ) -> Answer {
-    let lifetime = create::lifetime(body.timeout, app.config.max_sandbox_length)?;
+    let lifetime = create::lifetime(body.timeout, team.limits.max_length())?;
     move_end(&app, &team, &named, NewEnd::In(lifetime)).await
 }
 

@@ -305,7 +305,7 @@ mod tests {
 
             let store = bench.store().await;
             let found = store.team_of_key(&key.hash()).await.expect("a lookup");
-            assert_eq!(found.map(|team| team.id.to_string()), Some(team));
+            assert_eq!(found.map(|(_, team)| team.id.to_string()), Some(team));
             let (id, name): (String, String) = on_pool!(store, pool => {
                 sqlx::query_as("SELECT id, name FROM api_keys").fetch_one(pool).await.expect("a key")
             });

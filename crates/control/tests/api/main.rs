@@ -1,5 +1,6 @@
 //! The control plane over real sockets: TCP to its clients, unix sockets to its nodes.
 
+mod admin;
 mod adoption;
 mod document;
 mod endpoints;
@@ -7,6 +8,8 @@ mod events;
 mod faults;
 mod hostile;
 mod idempotency;
+mod identity;
+mod limits;
 mod list;
 mod logs;
 mod metrics;

@@ -105,6 +105,20 @@ impl Client {
         self.raw(request).await
     }
 
+    /// A request with these headers and no key.
+    pub(crate) async fn ask(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> Answer {
+        let request = Request::builder().method(method).uri(format!("{}{path}", self.base));
+        let request = headers.iter().fold(request, |r, (name, value)| r.header(*name, *value));
+        let body = Full::new(Bytes::copy_from_slice(body.as_bytes()));
+        self.raw(request.body(body).expect("a request")).await
+    }
+
     pub(crate) async fn raw(&self, request: Request<Full<Bytes>>) -> Answer {
         let response = self.inner.request(request).await.expect("an answer");
         let (parts, body) = response.into_parts();

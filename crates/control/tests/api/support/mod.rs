@@ -15,13 +15,16 @@ use std::time::Duration;
 use belljar_control::{ApiKey, Config, Deps, Route, RouteSink, ServeError, Store};
 use belljar_daemon::{OnError, Scope};
 use belljar_domain::SandboxId;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
-use client::Client;
+use client::{Answer, Client};
 use node::FakeNode;
 
+/// The operator's token.
+pub(crate) const ADMIN_TOKEN: &str = "0123456789abcdef0123456789abcdef";
 /// Longer than anything here takes, shorter than anybody waits.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -77,6 +80,7 @@ impl Control {
         let deps = Deps {
             node_sockets,
             routes: routes.clone() as Arc<dyn RouteSink>,
+            admin_token: Some(ADMIN_TOKEN.parse().expect("an admin token")),
             store: store.clone(),
         };
         let scope = Scope::root("test control");
@@ -123,6 +127,37 @@ impl Rig {
     pub(crate) async fn stop(self) {
         self.control.stop().await;
         self.node.stop().await;
+    }
+
+    /// One request of the operator.
+    pub(crate) async fn admin(&self, method: &str, path: &str, body: Value) -> Answer {
+        let method = method.parse().expect("a method");
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        let headers = [("x-admin-token", ADMIN_TOKEN)];
+        self.control.client.ask(method, path, &headers, &body).await
+    }
+
+    /// Makes a team with the operator's routes: its id and a client with a key of its own.
+    pub(crate) async fn team(&self, body: Value) -> (String, Client) {
+        let made = self.admin("POST", "/admin/teams", body).await;
+        assert_eq!(made.status, 201, "{}", made.text);
+        let id = made.json()["teamID"].as_str().expect("an id").to_owned();
+        let path = format!("/admin/teams/{id}/api-keys");
+        let key = self.admin("POST", &path, json!({"name": "test"})).await;
+        assert_eq!(key.status, 201, "{}", key.text);
+        let key = key.json()["key"].as_str().expect("a key").to_owned();
+        (id, Client::new(self.control.address, &key))
+    }
+
+    /// Makes a user with an access token: their id and the token.
+    pub(crate) async fn user(&self, email: &str) -> (String, String) {
+        let made = self.admin("POST", "/admin/users", json!({"email": email})).await;
+        assert_eq!(made.status, 201, "{}", made.text);
+        let id = made.json()["id"].as_str().expect("an id").to_owned();
+        let path = format!("/admin/users/{id}/access-tokens");
+        let token = self.admin("POST", &path, json!({"name": "test"})).await;
+        assert_eq!(token.status, 201, "{}", token.text);
+        (id, token.json()["token"].as_str().expect("a token").to_owned())
     }
 
     /// Creates a sandbox and returns its id.

@@ -20,6 +20,8 @@ pub(crate) struct SdkPrograms {
     pub(crate) old_js_folder: PathBuf,
     /// The same for the official command line.
     pub(crate) cli_folder: PathBuf,
+    /// The same for the OpenID Connect provider that tests sign in at.
+    pub(crate) oidc_folder: PathBuf,
 }
 
 impl SdkPrograms {
@@ -31,6 +33,7 @@ impl SdkPrograms {
             js_folder: folder.join("js"),
             old_js_folder: folder.join("js-old"),
             cli_folder: folder.join("cli"),
+            oidc_folder: folder.join("oidc"),
         }
     }
 
@@ -53,7 +56,8 @@ impl SdkPrograms {
         let e2e = places.root.join("e2e");
         replace_link(&self.js_folder.join("node_modules"), &e2e.join("node_modules"))?;
         replace_link(&self.old_js_folder.join("node_modules"), &e2e.join("js-old/node_modules"))?;
-        replace_link(&self.cli_folder.join("node_modules"), &e2e.join("cli/node_modules"))
+        replace_link(&self.cli_folder.join("node_modules"), &e2e.join("cli/node_modules"))?;
+        replace_link(&self.oidc_folder.join("node_modules"), &e2e.join("oidc/node_modules"))
     }
 
     /// The Python with the current SDK.

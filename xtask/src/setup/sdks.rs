@@ -22,12 +22,14 @@ pub(super) fn install(context: &StepContext<'_>) -> Result<Outcome, StepError> {
     let package_json = e2e.join("js/package.json");
     let old_package_json = e2e.join("js-old/package.json");
     let cli_package_json = e2e.join("cli/package.json");
+    let oidc_package_json = e2e.join("oidc/package.json");
     let key = content_key([
         &read(&requirements)?[..],
         &read(&old_requirements)?,
         &read(&package_json)?,
         &read(&old_package_json)?,
         &read(&cli_package_json)?,
+        &read(&oidc_package_json)?,
         NODE_WHEEL.as_bytes(),
     ]);
     let folder = context.places.cache.join(format!("sdk-{key}"));
@@ -45,6 +47,7 @@ pub(super) fn install(context: &StepContext<'_>) -> Result<Outcome, StepError> {
         javascript(context, &programs, &programs.js_folder, &package_json)?;
         javascript(context, &programs, &programs.old_js_folder, &old_package_json)?;
         javascript(context, &programs, &programs.cli_folder, &cli_package_json)?;
+        javascript(context, &programs, &programs.oidc_folder, &oidc_package_json)?;
         std::fs::write(&marker, "")?;
     }
     programs.publish(context.places)?;

@@ -1,6 +1,7 @@
 //! The verifier against a provider of this process: real HTTP, real keys.
 
 mod provider;
+mod real;
 
 use std::time::Duration;
 

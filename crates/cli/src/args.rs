@@ -1,6 +1,7 @@
 //! The command line: every command, flag and environment variable of `belljar`.
 
 mod operator;
+mod platform;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -9,6 +10,7 @@ use belljar_control::{Cidr, Database};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use operator::{KeyCommand, LimitOptions, TeamCommand, TokenCommand, UserCommand};
+pub(crate) use platform::PlatformOptions;
 
 /// A self-hosted sandbox cloud for AI agents that speaks the E2B API.
 ///
@@ -111,6 +113,8 @@ pub(crate) struct Up {
         value_name = "CIDR"
     )]
     pub(crate) trusted_proxies: Vec<Cidr>,
+    #[command(flatten)]
+    pub(crate) platform: PlatformOptions,
     /// Database: `postgres://user:password@host/name`, or a file [default: belljar.db in the data folder].
     ///
     /// A password in an argument shows in the list of processes; the variable does not.

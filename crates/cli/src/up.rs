@@ -189,7 +189,7 @@ async fn start_control(
     let database = options.database.clone().unwrap_or_else(|| Database::Sqlite(local.database()));
     let store = Store::connect(&database).await.context("failed to open the database")?;
     let api_key = team_key(local, &store).await?;
-    let config = belljar_control::Config {
+    let config = options.platform.apply(belljar_control::Config {
         max_sandbox_length: Duration::from_secs(u64::from(options.timeout_hours_max) * 3600),
         max_concurrent_sandboxes: u32::from(options.host.sandboxes_max),
         webhooks: WebhookConfig {
@@ -198,7 +198,7 @@ async fn start_control(
         },
         trusted_proxies: options.trusted_proxies.clone(),
         ..belljar_control::Config::default()
-    };
+    })?;
     let deps = belljar_control::Deps {
         node_sockets: parts.node_sockets(),
         routes: Arc::new(Announcer(catalog)),

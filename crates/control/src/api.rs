@@ -17,12 +17,14 @@ mod metrics;
 mod names;
 mod page;
 mod path;
+mod prometheus;
 mod query;
 mod range;
 mod rates;
 mod sandboxes;
 mod shapes;
 mod templates;
+mod usage;
 mod webhooks;
 
 use std::sync::Arc;
@@ -42,13 +44,14 @@ use error::ApiError;
 
 /// Every route of the API.
 pub(crate) fn router(app: Arc<App>) -> Router {
-    let open = document::frame().routes(routes!(health));
+    let open = document::frame().routes(routes!(health)).routes(routes!(prometheus::show));
     let all = open.merge(of_teams(&app)).merge(of_people(&app)).merge(of_operator(&app));
     document::serve(all)
         .method_not_allowed_fallback(no_such_method)
         .fallback(no_such_route)
         .layer(from_fn(head::limit))
         .layer(from_fn_with_state(Arc::clone(&app), rates::per_address))
+        .layer(from_fn_with_state(Arc::clone(&app), prometheus::count))
         .layer(from_fn(log_request))
         .with_state(app)
 }
@@ -65,6 +68,8 @@ fn of_teams(app: &Arc<App>) -> Routes {
         .routes(routes!(sandboxes::refresh))
         .routes(routes!(metrics::of_many))
         .routes(routes!(metrics::of_one))
+        .routes(routes!(usage::of_team))
+        .routes(routes!(usage::max_of_team))
         .routes(routes!(logs::list_v1))
         .routes(routes!(logs::list_v2))
         .routes(routes!(events::list))

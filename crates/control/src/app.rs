@@ -9,6 +9,7 @@ use crate::access::Access;
 use crate::config::Config;
 use crate::idempotency;
 use crate::live::{Live, Sandbox};
+use crate::metrics::Metrics;
 use crate::nodes::{Member, Nodes};
 use crate::oidc::Verifier;
 use crate::rates::Limits;
@@ -17,6 +18,7 @@ use crate::store::Store;
 use crate::templates::Templates;
 use crate::token::TokenSeed;
 use crate::unsettled::Unsettled;
+use crate::usage::Usage;
 use crate::writer::Writer;
 
 /// The running control plane.
@@ -38,6 +40,8 @@ pub(crate) struct App {
     pub(crate) access: Arc<Access>,
     pub(crate) oidc: Verifier,
     pub(crate) limits: Limits,
+    pub(crate) usage: Usage,
+    pub(crate) metrics: Metrics,
 }
 
 impl App {

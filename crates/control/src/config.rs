@@ -27,6 +27,10 @@ pub struct Config {
     /// Proxies in front of this server, whose `X-Forwarded-For` is believed. The address they name
     /// counts where addresses count: team allow-lists and request rates.
     pub trusted_proxies: Vec<Cidr>,
+    /// How often what teams use is sampled.
+    pub usage_interval: Duration,
+    /// Whether anybody may read `/metrics`; else the operator only.
+    pub metrics_public: bool,
     /// Requests taken of a team and from an address.
     pub rates: Rates,
     /// How long [`crate::serve`] waits for the nodes to answer. It goes on without those that do
@@ -79,6 +83,8 @@ impl Default for Config {
             max_concurrent_sandboxes: 100,
             oidc: Vec::new(),
             trusted_proxies: Vec::new(),
+            usage_interval: Duration::from_secs(5),
+            metrics_public: false,
             rates: Rates::default(),
             node_wait: Duration::from_secs(30),
             reconcile_interval: Duration::from_secs(60),

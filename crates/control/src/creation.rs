@@ -176,6 +176,7 @@ async fn create_here(
         ticket.done(&sandbox);
     }
     app.writer.push(Change::Started(Arc::clone(&sandbox)));
+    app.usage.started(&sandbox.team);
     reach(Point::CreateBeforeAnswer);
     Ok(sandbox)
 }

@@ -28,6 +28,7 @@ mod keys;
 mod lifecycle;
 mod limits;
 mod live;
+mod metrics;
 mod node;
 mod nodes;
 mod oidc;
@@ -44,6 +45,7 @@ mod templates;
 mod terms;
 mod token;
 mod unsettled;
+mod usage;
 mod webhook;
 mod writer;
 

@@ -31,6 +31,7 @@ use crate::access::Access;
 use crate::api;
 use crate::app::App;
 use crate::config::{Config, Deps};
+use crate::metrics::Metrics;
 use crate::node::{NodeCallError, Watch};
 use crate::nodes::Nodes;
 use crate::oidc::Verifier;
@@ -40,6 +41,7 @@ use crate::reconcile::{self, ReconcileError};
 use crate::store::StoreError;
 use crate::templates::Templates;
 use crate::unsettled::Unsettled;
+use crate::usage::{self, Usage};
 use crate::webhook::{Courier, prune};
 use crate::writer::Writer;
 
@@ -124,6 +126,8 @@ pub async fn serve(
         tokens: deps.store.token_seed().await?,
         access: Arc::clone(&access),
         limits: Limits::new(config.rates),
+        usage: Usage::default(),
+        metrics: Metrics::new(),
         oidc: Verifier::new(&config.oidc, &requests)?,
         store: deps.store,
         config,
@@ -138,6 +142,10 @@ pub async fn serve(
                     requests.spawn("follow node", OnError::FailScope, follow);
                 }
                 tell_of_events(&app, &requests);
+                let sampling = Arc::clone(&app);
+                requests.spawn("sample usage", OnError::Log, async move {
+                    usage::sample(&sampling).await
+                });
                 accept(&app, &listener).await;
                 Ok(())
             }

@@ -15,6 +15,7 @@ mod teams;
 #[cfg(test)]
 pub(crate) mod testing;
 mod tiers;
+mod usage;
 mod users;
 mod webhooks;
 
@@ -34,6 +35,7 @@ pub(crate) use events::EventsWanted;
 pub(crate) use sandboxes::{RunRow, Spawned};
 pub(crate) use teams::{TeamChange, TeamDraft, TeamError, TeamRecord};
 pub(crate) use tiers::{TierError, TierRecord};
+pub(crate) use usage::{UsagePeak, UsageSample, UsageStep};
 pub(crate) use users::{Identity, MemberRecord, UserError, UserRecord};
 pub(crate) use webhooks::{Webhook, WebhookChange, WebhookTerms};
 

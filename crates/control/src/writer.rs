@@ -62,6 +62,8 @@ pub(crate) struct Writer {
     queued: Arc<AtomicU64>,
     /// Changes that are through the queue, written or given up.
     through: watch::Receiver<u64>,
+    /// Changes that were dropped.
+    lost: Arc<AtomicU64>,
 }
 
 impl Writer {
@@ -70,11 +72,13 @@ impl Writer {
     pub(crate) fn start(store: Store, scope: &Scope) -> Writer {
         let (queue, changes) = mpsc::channel(QUEUE);
         let (progress, through) = watch::channel(0);
+        let lost = Arc::<AtomicU64>::default();
+        let losses = Arc::clone(&lost);
         scope.spawn_shielded("store writer", OnError::Log, async move {
-            run(&store, changes, &progress).await;
+            run(&store, changes, &progress, &losses).await;
             Ok::<(), Infallible>(())
         });
-        Writer { queue, queued: Arc::default(), through }
+        Writer { queue, queued: Arc::default(), through, lost }
     }
 
     /// Queues a change; never waits.
@@ -83,7 +87,10 @@ impl Writer {
             Ok(()) => {
                 self.queued.fetch_add(1, Ordering::Relaxed);
             }
-            Err(e) => warn!(error = %e, "a change was not queued; the reconciler writes it later"),
+            Err(e) => {
+                self.lost.fetch_add(1, Ordering::Relaxed);
+                warn!(error = %e, "a change was not queued; the reconciler writes it later");
+            }
         }
     }
 
@@ -96,13 +103,29 @@ impl Writer {
         // A store that is stuck answers as far as it got.
         let _in_time = tokio::time::timeout(patience, settled).await.is_ok();
     }
+
+    /// Changes that wait to be written.
+    pub(crate) fn depth(&self) -> usize {
+        self.queue.max_capacity() - self.queue.capacity()
+    }
+
+    /// Changes that were dropped since the start, and left to the reconciler.
+    pub(crate) fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
 }
 
-async fn run(store: &Store, mut changes: mpsc::Receiver<Noted>, through: &watch::Sender<u64>) {
+async fn run(
+    store: &Store,
+    mut changes: mpsc::Receiver<Noted>,
+    through: &watch::Sender<u64>,
+    lost: &AtomicU64,
+) {
     let mut batch = Vec::with_capacity(BATCH);
     while changes.recv_many(&mut batch, BATCH).await > 0 {
         reach(Point::StoreBeforeWrite);
         if let Err(e) = apply(store, &batch).await {
+            lost.fetch_add(u64::try_from(batch.len()).unwrap_or(u64::MAX), Ordering::Relaxed);
             let reason = std::error::Error::source(&e).map(ToString::to_string);
             warn!(
                 error = %e,

@@ -110,6 +110,7 @@ pub(crate) fn guarded(mut routes: Routes, access: Access) -> Routes {
         (name = "admin", description = "What whoever runs the server does"),
         (name = "templates", description = "What sandboxes start from"),
         (name = "events", description = "What happened to sandboxes, and who is told"),
+        (name = "teams", description = "What teams use"),
         (name = "server", description = "The server itself"),
     ),
 )]

@@ -303,14 +303,37 @@ impl From<CreateError> for ApiError {
     }
 }
 
+/// Why a request was refused or failed, in one word of a bounded list: what the figures count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Refusal(pub(crate) &'static str);
+
+impl ApiError {
+    fn reason(&self) -> Refusal {
+        Refusal(self.error_code.unwrap_or(match self.status.as_u16() {
+            401 => "unauthenticated",
+            403 => "forbidden",
+            404 => "not_found",
+            409 => "conflict",
+            429 => "limited",
+            500 => "internal",
+            501 => "not_supported",
+            503 => "unavailable",
+            504 => "timeout",
+            _ => "invalid",
+        }))
+    }
+}
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
+        let reason = self.reason();
         let body = rest::Error {
             code: self.status.as_u16(),
             message: self.message,
             error_code: self.error_code.map(str::to_owned),
         };
         let mut response = (self.status, Json(body)).into_response();
+        response.extensions_mut().insert(reason);
         let headers = response.headers_mut();
         match self.retry {
             Some(Retry::After(seconds)) => {

@@ -1,0 +1,54 @@
+//! Counting requests, and showing the figures to Prometheus.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::extract::{MatchedPath, Request, State};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use http::{Method, header};
+
+use super::error::{ApiError, Refusal};
+use crate::app::App;
+use crate::metrics::Answered;
+
+/// Source: OpenMetrics 1.0, section "Protocol Negotiation".
+const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Counts a request by its route and its outcome.
+pub(crate) async fn count(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let began = Instant::now();
+    let method = request.method().clone();
+    let path = request.extensions().get::<MatchedPath>().cloned();
+    let route = path.as_ref().map(MatchedPath::as_str);
+    let creates = method == Method::POST && matches!(route, Some("/sandboxes" | "/v2/sandboxes"));
+    let creating = creates.then(|| app.metrics.begin_create());
+    let response = next.run(request).await;
+    drop(creating);
+    let answered = Answered {
+        method: &method,
+        route,
+        status: response.status(),
+        reason: response.extensions().get::<Refusal>().map(|refusal| refusal.0),
+        took: began.elapsed(),
+    };
+    app.metrics.answered(&answered, creates);
+    response
+}
+
+/// Figures of this server for Prometheus.
+#[utoipa::path(
+    get, path = "/metrics", tag = "server",
+    responses(
+        (status = 200, description = "OpenMetrics text", body = String, content_type = "application/openmetrics-text"),
+        (status = 401, description = "The figures are for the operator"),
+    ),
+)]
+pub(crate) async fn show(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
+    if !app.config.metrics_public {
+        return Err(ApiError::unauthorized(
+            "this server's figures are not public; start it with --metrics-public",
+        ));
+    }
+    Ok(([(header::CONTENT_TYPE, CONTENT_TYPE)], app.metrics.scrape(&app)).into_response())
+}

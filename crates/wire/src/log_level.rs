@@ -3,8 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// How bad a line is, least first.
-///
-/// Source of the words: `contract/e2b-wire.md` section 1.2, SandboxLogEntry.
+// Source of the words: `contract/e2b-wire.md` section 1.2, SandboxLogEntry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]

@@ -83,7 +83,7 @@ const GUARDED: &[(&str, &str)] = &[
 const WITH_BODY: &[(&str, &str)] = &[
     ("408", "The request body did not arrive in time"),
     ("413", "The request body is too large"),
-    ("415", "The request body is compressed"),
+    ("415", "The request body is not JSON, or is compressed"),
 ];
 
 /// Describes every route of `routes` as open to `access` only. That it is so is for the layer
@@ -100,7 +100,10 @@ pub(crate) fn guarded(mut routes: Routes, access: Access) -> Routes {
 #[openapi(
     info(
         title = "Belljar",
-        description = "Sandboxes of a self-hosted Belljar server, over the API of the E2B SDKs.",
+        description = "Sandboxes of a self-hosted Belljar server, over the API of the E2B SDKs. \
+            Unknown parameters and fields are ignored. Before a request reaches an operation it \
+            can be answered 404 (no such route), 405 (no such method), 414 or 431 (path or \
+            headers too long), with the same error body.",
         license(name = "Apache-2.0", identifier = "Apache-2.0"),
     ),
     components(schemas(rest::Error)),

@@ -41,8 +41,8 @@ async fn what_is_described_is_served_and_nothing_else_on_those_paths() {
             let answer = client.send(method.clone(), &concrete(path), "").await;
             let what = format!("{method} {path}: {} {}", answer.status, answer.text);
             if item.get(method.as_str().to_ascii_lowercase()).is_some() {
-                assert!(!answer.text.contains("no such route"), "{what}");
-                assert!(!matches!(answer.status, 405 | 501), "{what}");
+                let is_there = answer.status != 404 || !answer.text.contains("no such route");
+                assert!(is_there && !matches!(answer.status, 405 | 501), "{what}");
             } else if answer.status != 501 {
                 answer.assert_error(405, "no such route");
                 let allowed = answer.headers["allow"].to_str().expect("text");

@@ -2,10 +2,12 @@
 
 mod admin;
 mod adoption;
+mod contract;
 mod document;
 mod endpoints;
 mod events;
 mod faults;
+mod foreign;
 mod hostile;
 mod idempotency;
 mod identity;

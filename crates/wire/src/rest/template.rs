@@ -48,8 +48,10 @@ pub struct Template {
     /// When its current build was made.
     pub updated_at: DateTime<Utc>,
     /// Who made it; null for templates that belong to the server.
+    #[cfg_attr(feature = "openapi", schema(required))]
     pub created_by: Option<TeamUser>,
     /// When a sandbox last started from it.
+    #[cfg_attr(feature = "openapi", schema(required))]
     pub last_spawned_at: Option<DateTime<Utc>>,
     /// How many sandboxes ever started from it.
     pub spawn_count: i64,

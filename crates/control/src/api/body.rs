@@ -30,24 +30,36 @@ impl<S: Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
         let OptionalJson(body) = OptionalJson::from_request(request, state).await?;
-        body.map(Json).ok_or_else(|| ApiError::bad_request("the request body is empty"))
+        body.map(Json).ok_or_else(empty)
     }
+}
+
+pub(crate) fn empty() -> ApiError {
+    ApiError::bad_request("the request body is empty")
 }
 
 impl<S: Sync, T: DeserializeOwned> FromRequest<S> for OptionalJson<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _state: &S) -> Result<Self, ApiError> {
-        let (parts, body) = request.into_parts();
-        let body = read(&parts.headers, body).await?;
-        if body.iter().all(u8::is_ascii_whitespace) {
-            return Ok(OptionalJson(None));
+        match checked(request).await? {
+            Some(body) => parse(&body).map(OptionalJson),
+            None => Ok(OptionalJson(None)),
         }
-        check_type(&parts.headers)?;
-        check_is_object(&body)?;
-        check_depth(&body)?;
-        parse(&body).map(OptionalJson)
     }
+}
+
+/// Reads a body and checks all of it that does not depend on its shape; an empty one is `None`.
+pub(crate) async fn checked(request: Request) -> Result<Option<Bytes>, ApiError> {
+    let (parts, body) = request.into_parts();
+    let body = read(&parts.headers, body).await?;
+    if body.iter().all(u8::is_ascii_whitespace) {
+        return Ok(None);
+    }
+    check_type(&parts.headers)?;
+    check_is_object(&body)?;
+    check_depth(&body)?;
+    Ok(Some(body))
 }
 
 /// A body that says nothing of its type is believed to be JSON, one that says otherwise is not: a
@@ -127,11 +139,6 @@ fn too_large() -> ApiError {
     )
 }
 
-/// What `value` spells.
-pub(crate) fn from_value<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, ApiError> {
-    serde_path_to_error::deserialize(value).map_err(not_valid)
-}
-
 fn not_valid(e: serde_path_to_error::Error<serde_json::Error>) -> ApiError {
     let path = e.path().to_string();
     let e = e.into_inner();
@@ -144,7 +151,8 @@ fn not_valid(e: serde_path_to_error::Error<serde_json::Error>) -> ApiError {
     }
 }
 
-fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+/// What a checked body spells.
+pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     // All of it, because the parser does not look into fields it skips.
     let body = std::str::from_utf8(body)
         .map_err(|e| ApiError::bad_request(format!("the request body is not valid UTF-8: {e}")))?;

@@ -90,11 +90,13 @@ async fn what_the_contract_asks_for_is_there() {
         let found = described(&document, method, path);
         let found = found.unwrap_or_else(|| panic!("{method} {path} is not in the document"));
         compared += 1;
-        let parameters: BTreeSet<&str> = list(&found["parameters"])
-            .filter(|p| p["in"] == "query")
-            .map(|p| p["name"].as_str().expect("a name"))
-            .collect();
-        assert_eq!(texts(&wanted["query"]), parameters, "{method} {path}: query");
+        for (place, names) in [("query", &wanted["query"]), ("header", &wanted["takes"])] {
+            let found: BTreeSet<&str> = list(&found["parameters"])
+                .filter(|parameter| parameter["in"] == place)
+                .map(|parameter| parameter["name"].as_str().expect("a name"))
+                .collect();
+            assert_eq!(texts(names), found, "{method} {path}: in the {place}");
+        }
         for status in statuses(wanted, path) {
             let answer = &found["responses"][status.to_string()];
             assert!(answer.is_object(), "{method} {path}: {status} is not described");

@@ -6,6 +6,7 @@
 //!
 //! A failure at any step runs the undos of the steps before it, in reverse, and nothing is left.
 
+use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -127,6 +128,9 @@ pub(crate) struct ReadyTemplate {
     pub(crate) base: Arc<BaseImage>,
     pub(crate) envd_version: Arc<str>,
 }
+
+/// What sandboxes can be started from, by build.
+pub(crate) type ReadyTemplates = HashMap<BuildId, Arc<ReadyTemplate>>;
 
 /// The files of one sandbox on this host.
 struct Places {

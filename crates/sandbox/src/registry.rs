@@ -1,6 +1,5 @@
 //! Every sandbox on this host, and the door to them.
 
-use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +13,7 @@ use tokio::sync::{Semaphore, broadcast, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::admission::{Allocated, Limits, Status};
-use crate::boot::{CreateError, ReadyTemplate};
+use crate::boot::{CreateError, ReadyTemplate, ReadyTemplates};
 use crate::inbox::{Slit, inbox};
 use crate::info::{CreateSandbox, Ended, SandboxInfo, Starting, Untold};
 use crate::ledger::Ledger;
@@ -82,7 +81,7 @@ pub(crate) struct Inner {
     pub(crate) scope: Scope,
     pub(crate) starting: Semaphore,
     pub(crate) probes: Semaphore,
-    pub(crate) templates: HashMap<BuildId, Arc<ReadyTemplate>>,
+    pub(crate) templates: ReadyTemplates,
     pub(crate) unusable: Vec<Template>,
     pub(crate) ended: broadcast::Sender<Ended>,
     // Held for look-ups and single changes only, never across a wait.
@@ -404,9 +403,9 @@ impl Inner {
 fn load_templates(
     dir: &Path,
     fingerprint: &str,
-) -> Result<(HashMap<BuildId, Arc<ReadyTemplate>>, Vec<Template>), OpenError> {
+) -> Result<(ReadyTemplates, Vec<Template>), OpenError> {
     let templates = load_each(dir).map_err(|source| OpenError::Templates { source })?;
-    let mut ready = HashMap::new();
+    let mut ready = ReadyTemplates::new();
     let mut unusable = Vec::new();
     for template in templates {
         let template = match template {

@@ -29,8 +29,10 @@ const PROXY_PORT: u16 = 3002;
 const FAKE_SANDBOXES_MAX: u32 = 1000;
 /// Building a template for the fake runtime writes a few files.
 const FAKE_TEMPLATE_LIMIT: Duration = Duration::from_secs(60);
-/// The fake runtime boots neither kernel nor disk; it only copies them.
-const FAKE_IMAGE_BYTES: u64 = 1024 * 1024;
+/// The fake runtime boots neither kernel nor disk; it only copies them, holes as holes. Its guest
+/// says that 256 MiB of the disk are in use.
+const FAKE_KERNEL_BYTES: u64 = 4096;
+const FAKE_DISK_BYTES: u64 = 1024 * 1024 * 1024;
 /// Log lines shown when the server does not come up.
 const TAIL_LINES: usize = 20;
 
@@ -189,9 +191,9 @@ impl Server {
 /// Makes a template `base` for the fake runtime, from an empty kernel and an empty disk.
 pub(crate) fn fake_template(program: &Path, data: &Path) -> Result<()> {
     let (kernel, rootfs) = (data.join("no-kernel"), data.join("no-rootfs"));
-    for file in [&kernel, &rootfs] {
+    for (file, bytes) in [(&kernel, FAKE_KERNEL_BYTES), (&rootfs, FAKE_DISK_BYTES)] {
         File::create(file)
-            .and_then(|created| created.set_len(FAKE_IMAGE_BYTES))
+            .and_then(|created| created.set_len(bytes))
             .with_context(|| format!("cannot write {}", file.display()))?;
     }
     let mut build = command::tied(program);

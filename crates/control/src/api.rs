@@ -15,6 +15,7 @@ mod list;
 mod logs;
 mod metrics;
 mod names;
+mod nodes;
 mod page;
 mod path;
 mod prometheus;
@@ -119,6 +120,8 @@ fn of_operator(app: &Arc<App>) -> Routes {
         .routes(routes!(work::kill_sandboxes))
         .routes(routes!(work::running_counts))
         .routes(routes!(work::cancel_builds))
+        .routes(routes!(nodes::list))
+        .routes(routes!(nodes::detail, nodes::set_status))
         .routes(routes!(tiers::list))
         .routes(routes!(tiers::put, tiers::delete))
         .routes(routes!(users::list, users::create))

@@ -10,6 +10,7 @@ use crate::config::Config;
 use crate::idempotency;
 use crate::live::{Live, Sandbox};
 use crate::metrics::Metrics;
+use crate::node::report::Reports;
 use crate::nodes::{Member, Nodes};
 use crate::oidc::Verifier;
 use crate::rates::Limits;
@@ -27,6 +28,8 @@ pub(crate) struct App {
     pub(crate) store: Store,
     pub(crate) live: Arc<Live>,
     pub(crate) nodes: Nodes,
+    /// What each of them said last.
+    pub(crate) reports: Reports,
     /// Which creates were asked for before.
     pub(crate) repeats: Arc<idempotency::Keys>,
     /// Creates nobody knows the outcome of.

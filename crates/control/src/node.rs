@@ -4,6 +4,7 @@
 
 mod answers;
 mod metrics;
+pub(crate) mod report;
 
 use std::collections::BTreeMap;
 use std::path::Path;

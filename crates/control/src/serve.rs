@@ -32,6 +32,7 @@ use crate::api;
 use crate::app::App;
 use crate::config::{Config, Deps};
 use crate::metrics::Metrics;
+use crate::node::report::Reports;
 use crate::node::{NodeCallError, Watch};
 use crate::nodes::Nodes;
 use crate::oidc::Verifier;
@@ -117,6 +118,7 @@ pub async fn serve(
     let app = Arc::new(App {
         live: Arc::default(),
         nodes: Nodes::at(deps.node_sockets),
+        reports: Reports::default(),
         repeats: Arc::default(),
         unsettled: Unsettled::default(),
         templates: Templates::default(),

@@ -9,6 +9,7 @@ mod event;
 mod identity;
 mod log;
 mod metrics;
+mod node;
 mod sandbox;
 mod template;
 
@@ -28,6 +29,7 @@ pub use identity::{
 };
 pub use log::{LogLevel, SandboxLog, SandboxLogEntry, SandboxLogs, SandboxLogsV2};
 pub use metrics::{MaxTeamMetric, SandboxMetric, SandboxesWithMetrics, TeamMetric};
+pub use node::{DiskMetrics, MachineInfo, Node, NodeMetrics, NodeStatus, UpdateNodeStatus};
 pub use sandbox::{
     AutoResume, ConnectSandbox, ConnectSandboxV2, EgressProxy, EgressProxyTls, HeaderTransform,
     Iam, IamToken, Lifecycle, ListedSandbox, NetworkRule, NewSandbox, RefreshSandbox, Sandbox,

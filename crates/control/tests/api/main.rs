@@ -15,6 +15,7 @@ mod limits;
 mod list;
 mod logs;
 mod metrics;
+mod nodes;
 mod placement;
 mod prometheus;
 mod races;

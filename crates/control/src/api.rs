@@ -45,7 +45,7 @@ use error::ApiError;
 
 /// Every route of the API.
 pub(crate) fn router(app: Arc<App>) -> Router {
-    let open = document::frame().routes(routes!(health)).routes(routes!(prometheus::show));
+    let open = document::frame().routes(routes!(health)).merge(figures(&app));
     let all = open.merge(of_teams(&app)).merge(of_people(&app)).merge(of_operator(&app));
     document::serve(all)
         .method_not_allowed_fallback(no_such_method)
@@ -55,6 +55,16 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .layer(from_fn_with_state(Arc::clone(&app), prometheus::count))
         .layer(from_fn(log_request))
         .with_state(app)
+}
+
+/// What a Prometheus server reads: the operator's, unless everybody may.
+fn figures(app: &Arc<App>) -> Routes {
+    let routes = Routes::default().routes(routes!(prometheus::show));
+    if app.config.metrics_public {
+        return routes;
+    }
+    document::guarded(routes, Access::Operator)
+        .route_layer(from_fn_with_state(Arc::clone(app), auth::require_operator))
 }
 
 /// What a team does with what is its own.

@@ -94,8 +94,10 @@ async fn nothing_a_caller_makes_up_becomes_a_series() {
 async fn the_figures_are_the_operators() {
     let rig = Rig::start().await;
     let client = &rig.control.client;
-    client.get("/metrics").await.assert_error(401, "not public");
+    client.get("/metrics").await.assert_error(401, "X-Admin-Token");
     let stranger = Client::new(rig.control.address, &ApiKey::random().expose());
-    stranger.get("/metrics").await.assert_error(401, "not public");
+    stranger.get("/metrics").await.assert_error(401, "X-Admin-Token");
+    let answer = rig.admin("GET", "/metrics", serde_json::Value::Null).await;
+    assert_eq!(answer.status, 200, "{}", answer.text);
     rig.stop().await;
 }

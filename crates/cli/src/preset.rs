@@ -164,7 +164,7 @@ fn limits(options: &HostOptions) -> Limits {
         (u64::MAX, u64::MAX)
     } else {
         let vcpus = u64::try_from(cpus).unwrap_or(u64::MAX).saturating_mul(CPU_OVERCOMMIT);
-        (vcpus, memory_mib().map_or(u64::MAX, |total| total / 100 * MEMORY_PERCENT))
+        (vcpus, memory_mib() / 100 * MEMORY_PERCENT)
     };
     Limits {
         vcpus,
@@ -178,10 +178,9 @@ fn limits(options: &HostOptions) -> Limits {
 }
 
 /// This host's memory, MiB.
-fn memory_mib() -> Option<u64> {
+fn memory_mib() -> u64 {
     let info = rustix::system::sysinfo();
-    let unit = u64::from(info.mem_unit).max(1);
-    Some(u64::try_from(info.totalram).ok()?.saturating_mul(unit) >> 20)
+    info.totalram.saturating_mul(u64::from(info.mem_unit).max(1)) >> 20
 }
 
 /// Four characters that differ between data folders.

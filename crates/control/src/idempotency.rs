@@ -327,7 +327,9 @@ mod tests {
         for n in KEYS_MAX..KEYS_MAX + 50 {
             fresh(&keys, &team, key(n)).done(&sandbox);
         }
-        assert!(keys.lock()[&team].entries.len() <= KEYS_MAX);
-        assert_eq!(keys.lock()[&team].entries.len(), keys.lock()[&team].used.len());
+        let teams = keys.lock();
+        let kept = &teams[&team];
+        assert!(kept.entries.len() <= KEYS_MAX, "{} are kept", kept.entries.len());
+        assert_eq!(kept.entries.len(), kept.used.len());
     }
 }

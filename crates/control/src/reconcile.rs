@@ -38,6 +38,8 @@ use crate::writer::{Change, Noted};
 
 const FIRST_RETRY: Duration = Duration::from_millis(50);
 const MAX_RETRY: Duration = Duration::from_secs(5);
+/// How long after a failed reconcile the next one runs: the store is back within this.
+const RETRY: Duration = Duration::from_secs(2);
 /// How often a node is asked how busy it is.
 const LOAD_INTERVAL: Duration = Duration::from_secs(5);
 /// Strangers killed at the same time.
@@ -114,6 +116,8 @@ pub(crate) async fn follow(
 async fn follow_stream(app: &App, node: &Member, watch: Watch) -> NodeCallError {
     let mut ends = Box::pin(ends(watch));
     let (mut due, mut load_due) = (every(app.config.reconcile_interval), every(LOAD_INTERVAL));
+    let (mut losses, mut retry) = (app.writer.losses(), every(RETRY));
+    let mut failed = false;
     loop {
         tokio::select! {
             end = ends.next() => {
@@ -133,12 +137,23 @@ async fn follow_stream(app: &App, node: &Member, watch: Watch) -> NodeCallError 
                 }
                 continue;
             }
+            _ = retry.tick(), if failed => {}
+            // The sender lives as long as the application does.
+            _ = losses.changed() => {
+                // Not at once: what the store could not take now, it cannot take now.
+                failed = true;
+                retry.reset();
+                continue;
+            }
             _ = due.tick() => {}
             () = node.reconcile_soon.notified() => {}
         }
-        if let Err(e) = reconcile(app, node).await {
+        let outcome = reconcile(app, node).await;
+        if let Err(e) = &outcome {
             debug!(error = %e, "reconcile failed; it runs again");
         }
+        failed = outcome.is_err();
+        retry.reset();
     }
 }
 
@@ -259,10 +274,11 @@ impl Teams {
 /// Writes the ends of sandboxes that ended with an earlier run of the node, and lets the node forget
 /// them. The store has them for good before the node has not.
 async fn record_reclaimed(app: &App, node: &Member) -> Result<(), ReconcileError> {
-    let mut teams = Teams::default();
+    let (mut teams, mut before) = (Teams::default(), Vec::new());
     loop {
         let (reclaimed, all) = node.rpc.reclaimed().await?;
-        if all.is_empty() {
+        // What a node does not forget is recorded, and recording it again changes nothing.
+        if all.is_empty() || all == before {
             return Ok(());
         }
         let mut changes = Vec::with_capacity(2 * reclaimed.len());
@@ -281,7 +297,8 @@ async fn record_reclaimed(app: &App, node: &Member) -> Result<(), ReconcileError
         }
         app.store.apply(&changes).await?;
         info!(sandboxes = all.len(), "recorded sandboxes that ended with their node");
-        node.rpc.forget_reclaimed(all).await?;
+        node.rpc.forget_reclaimed(all.clone()).await?;
+        before = all;
     }
 }
 

@@ -63,7 +63,7 @@ pub(crate) struct Writer {
     /// Changes that are through the queue, written or given up.
     through: watch::Receiver<u64>,
     /// Changes that were dropped.
-    lost: Arc<AtomicU64>,
+    lost: watch::Sender<u64>,
 }
 
 impl Writer {
@@ -72,8 +72,8 @@ impl Writer {
     pub(crate) fn start(store: Store, scope: &Scope) -> Writer {
         let (queue, changes) = mpsc::channel(QUEUE);
         let (progress, through) = watch::channel(0);
-        let lost = Arc::<AtomicU64>::default();
-        let losses = Arc::clone(&lost);
+        let lost = watch::channel(0).0;
+        let losses = lost.clone();
         scope.spawn_shielded("store writer", OnError::Log, async move {
             run(&store, changes, &progress, &losses).await;
             Ok::<(), Infallible>(())
@@ -88,7 +88,7 @@ impl Writer {
                 self.queued.fetch_add(1, Ordering::Relaxed);
             }
             Err(e) => {
-                self.lost.fetch_add(1, Ordering::Relaxed);
+                self.lost.send_modify(|lost| *lost += 1);
                 warn!(error = %e, "a change was not queued; the reconciler writes it later");
             }
         }
@@ -111,7 +111,12 @@ impl Writer {
 
     /// Changes that were dropped since the start, and left to the reconciler.
     pub(crate) fn lost(&self) -> u64 {
-        self.lost.load(Ordering::Relaxed)
+        *self.lost.borrow()
+    }
+
+    /// Tells whenever [`Writer::lost`] grows.
+    pub(crate) fn losses(&self) -> watch::Receiver<u64> {
+        self.lost.subscribe()
     }
 }
 
@@ -119,13 +124,13 @@ async fn run(
     store: &Store,
     mut changes: mpsc::Receiver<Noted>,
     through: &watch::Sender<u64>,
-    lost: &AtomicU64,
+    lost: &watch::Sender<u64>,
 ) {
     let mut batch = Vec::with_capacity(BATCH);
     while changes.recv_many(&mut batch, BATCH).await > 0 {
         reach(Point::StoreBeforeWrite);
         if let Err(e) = apply(store, &batch).await {
-            lost.fetch_add(u64::try_from(batch.len()).unwrap_or(u64::MAX), Ordering::Relaxed);
+            lost.send_modify(|lost| *lost += batch.len() as u64);
             let reason = std::error::Error::source(&e).map(ToString::to_string);
             warn!(
                 error = %e,

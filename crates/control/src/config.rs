@@ -38,6 +38,8 @@ pub struct Config {
     pub node_wait: Duration,
     /// How often the live table is compared with each node when nothing else asks for it.
     pub reconcile_interval: Duration,
+    /// How long runs that have ended stay in the store.
+    pub runs_kept: Duration,
     /// How long open requests get to finish when the scope is cancelled.
     pub shutdown_grace: Duration,
     /// How events are sent to teams' own servers.
@@ -88,6 +90,7 @@ impl Default for Config {
             rates: Rates::default(),
             node_wait: Duration::from_secs(30),
             reconcile_interval: Duration::from_secs(60),
+            runs_kept: Duration::from_secs(30 * 24 * 3600),
             shutdown_grace: Duration::from_secs(10),
             webhooks: WebhookConfig::default(),
             event_prune_interval: Duration::from_secs(600),

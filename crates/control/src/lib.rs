@@ -35,6 +35,7 @@ mod oidc;
 mod outgoing;
 mod peer;
 mod placement;
+mod prune;
 mod rates;
 mod reconcile;
 mod route;

@@ -37,6 +37,7 @@ use crate::node::{NodeCallError, Watch};
 use crate::nodes::Nodes;
 use crate::oidc::Verifier;
 use crate::peer::Peer;
+use crate::prune;
 use crate::rates::Limits;
 use crate::reconcile::{self, ReconcileError};
 use crate::store::StoreError;
@@ -148,6 +149,7 @@ pub async fn serve(
                 requests.spawn("sample usage", OnError::Log, async move {
                     usage::sample(&sampling).await
                 });
+                requests.spawn("prune runs", OnError::Log, prune::run(Arc::clone(&app)));
                 accept(&app, &listener).await;
                 Ok(())
             }

@@ -10,6 +10,7 @@ mod credentials;
 mod database;
 mod deliveries;
 mod events;
+mod prune;
 mod sandboxes;
 mod teams;
 #[cfg(test)]

@@ -79,12 +79,15 @@ impl Store {
         rows.into_iter().map(RunRow::try_from).collect()
     }
 
-    /// How often each template was used, by template id.
+    /// How often each template was used, by template id, runs that were pruned included.
     pub(crate) async fn spawned(&self) -> Result<HashMap<String, Spawned>, StoreError> {
         let rows: Vec<(String, i64, i64)> = on_pool!(self, pool => {
             sqlx::query_as(
-                "SELECT template_id, COUNT(*), MAX(started_at_ms) FROM sandboxes \
-                 GROUP BY template_id",
+                "SELECT template_id, CAST(SUM(count) AS BIGINT), MAX(last_ms) FROM (\
+                 SELECT template_id, COUNT(*) AS count, MAX(started_at_ms) AS last_ms \
+                 FROM sandboxes GROUP BY template_id \
+                 UNION ALL SELECT template_id, spawn_count, last_ms FROM template_spawns\
+                 ) AS spawns GROUP BY template_id",
             )
             .fetch_all(pool)
             .await

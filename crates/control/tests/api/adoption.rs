@@ -173,3 +173,28 @@ async fn what_ended_with_its_node_is_written_and_then_forgotten_there() {
     control.stop().await;
     node.stop().await;
 }
+
+#[tokio::test]
+async fn runs_that_ended_long_ago_leave_the_store_and_stay_counted() {
+    let Rig { dir, node, control } = Rig::start().await;
+    let ended = control.client.post("/v2/sandboxes", CREATE).await.sandbox_id();
+    control.client.post("/v2/sandboxes", CREATE).await.sandbox_id();
+    assert_eq!(control.client.delete(&format!("/sandboxes/{ended}")).await.status, 204);
+    control.stop().await;
+    let db = open_store(dir.path()).await;
+    let rows = async || -> i64 {
+        sqlx::query_scalar("SELECT COUNT(*) FROM sandboxes").fetch_one(&db).await.expect("a count")
+    };
+    assert_eq!(rows().await, 2);
+    // Nothing is as old as a month, and everything as old as nothing.
+    let control = Control::start(dir.path(), config()).await;
+    assert_eq!(rows().await, 2);
+    control.stop().await;
+    let at_once = Config { runs_kept: Duration::ZERO, ..config() };
+    let control = Control::start(dir.path(), at_once).await;
+    eventually("only the running one is left", || async { rows().await == 1 }).await;
+    assert_eq!(control.client.get("/templates/base").await.json()["spawnCount"], 2);
+    db.close().await;
+    control.stop().await;
+    node.stop().await;
+}

@@ -45,7 +45,8 @@ use error::ApiError;
 
 /// Every route of the API.
 pub(crate) fn router(app: Arc<App>) -> Router {
-    let open = document::frame().routes(routes!(health)).merge(figures(&app));
+    let open = document::frame().routes(routes!(health));
+    let open = open.merge(figures(&app));
     let all = open.merge(of_teams(&app)).merge(of_people(&app)).merge(of_operator(&app));
     document::serve(all)
         .method_not_allowed_fallback(no_such_method)
@@ -57,7 +58,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-/// What a Prometheus server reads: the operator's, unless everybody may.
+/// The server's figures, for the operator or for everybody.
 fn figures(app: &Arc<App>) -> Routes {
     let routes = Routes::default().routes(routes!(prometheus::show));
     if app.config.metrics_public {

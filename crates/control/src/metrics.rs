@@ -61,7 +61,6 @@ struct OfTeam {
 }
 
 /// What became of one attempt to deliver an event.
-#[cfg_attr(not(test), expect(dead_code, reason = "counted once there are webhooks"))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Delivery {
     /// The receiver took it.
@@ -184,15 +183,9 @@ impl Metrics {
         Creating(self.starting.clone())
     }
 
-    /// Counts one attempt to deliver an event.
-    #[cfg_attr(not(test), expect(dead_code, reason = "counted once there are webhooks"))]
-    pub(crate) fn delivery(&self, what: Delivery) {
-        let outcome = match what {
-            Delivery::Delivered => "delivered",
-            Delivery::Retried => "retried",
-            Delivery::Dead => "dead",
-        };
-        self.deliveries.get_or_create(&Outcome { outcome }).inc();
+    /// What counts attempts to deliver events.
+    pub(crate) fn deliveries(&self) -> DeliveryCounts {
+        DeliveryCounts(self.deliveries.clone())
     }
 
     /// Everything as OpenMetrics text. Walks the live table once.
@@ -230,6 +223,22 @@ impl Metrics {
             self.by_team.get_or_create(&OfTeam { team: team.to_string() }).set(*count);
         }
         self.by_team.get_or_create(&OfTeam { team: OTHER_TEAMS.to_owned() }).set(others);
+    }
+}
+
+/// Counts attempts to deliver events.
+#[derive(Debug, Clone)]
+pub(crate) struct DeliveryCounts(Family<Outcome, Counter>);
+
+impl DeliveryCounts {
+    /// Counts one attempt.
+    pub(crate) fn add(&self, what: Delivery) {
+        let outcome = match what {
+            Delivery::Delivered => "delivered",
+            Delivery::Retried => "retried",
+            Delivery::Dead => "dead",
+        };
+        self.0.get_or_create(&Outcome { outcome }).inc();
     }
 }
 
@@ -291,7 +300,7 @@ mod tests {
         answered(&metrics, &Method::POST, Some("/sandboxes"), 400);
         answered(&metrics, &Method::from_bytes(b"BREW").expect("a method"), None, 405);
         for what in [Delivery::Delivered, Delivery::Retried, Delivery::Dead, Delivery::Dead] {
-            metrics.delivery(what);
+            metrics.deliveries().add(what);
         }
         let creating = metrics.begin_create();
         let mut text = String::new();

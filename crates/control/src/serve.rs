@@ -165,7 +165,8 @@ pub async fn serve(
 
 /// Starts what sends events to webhooks, and what removes old ones.
 fn tell_of_events(app: &App, requests: &Scope) {
-    let courier = Courier::new(app.store.clone(), &app.config.webhooks, requests);
+    let courier =
+        Courier::new(app.store.clone(), &app.config.webhooks, app.metrics.deliveries(), requests);
     requests.spawn("webhook courier", OnError::FailScope, courier.run());
     let prune = prune(app.store.clone(), app.config.event_prune_interval);
     requests.spawn("event pruner", OnError::FailScope, prune);

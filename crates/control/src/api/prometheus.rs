@@ -36,12 +36,11 @@ pub(crate) async fn count(State(app): State<Arc<App>>, request: Request, next: N
     response
 }
 
-/// Figures of this server for Prometheus. Whose they are, the router decides.
+/// Shows figures of this server to Prometheus, which sends the admin token with its setting
+/// `http_headers`. Anybody may read them if the server was started so.
 #[utoipa::path(
     get, path = "/metrics", tag = "server",
-    responses(
-        (status = 200, description = "OpenMetrics text", body = String, content_type = "application/openmetrics-text"),
-    ),
+    responses((status = 200, description = "OpenMetrics text", body = String, content_type = "application/openmetrics-text")),
 )]
 pub(crate) async fn show(State(app): State<Arc<App>>) -> Response {
     ([(header::CONTENT_TYPE, CONTENT_TYPE)], app.metrics.scrape(&app)).into_response()

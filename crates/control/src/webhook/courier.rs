@@ -17,6 +17,7 @@ use super::attempt::{self, Patience};
 use super::guard::Guard;
 use super::send::{Parcel, Sender};
 use crate::config::WebhookConfig;
+use crate::metrics::{Delivery, DeliveryCounts};
 use crate::store::{Store, StoreError, Taken, Waiting};
 
 /// Deliveries on their way to one webhook at the same time.
@@ -32,6 +33,7 @@ const LEASE_MARGIN: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(crate) struct Courier {
     store: Store,
+    counts: DeliveryCounts,
     scope: Scope,
     sender: Sender,
     patience: Patience,
@@ -44,10 +46,16 @@ pub(crate) struct Courier {
 
 impl Courier {
     /// Sends nothing yet. Tries run in `scope`, which gives those back that it interrupts.
-    pub(crate) fn new(store: Store, config: &WebhookConfig, scope: &Scope) -> Arc<Courier> {
+    pub(crate) fn new(
+        store: Store,
+        config: &WebhookConfig,
+        counts: DeliveryCounts,
+        scope: &Scope,
+    ) -> Arc<Courier> {
         let guard = Guard { allow_private: config.allow_private };
         Arc::new(Courier {
             store,
+            counts,
             scope: scope.clone(),
             sender: Sender::new(guard, config.deadline),
             patience: Patience { retries: config.retries, wait: config.retry_wait },
@@ -137,6 +145,11 @@ impl Courier {
         };
         let now = clock::now();
         let after = attempt::after(taken.attempts, outcome, now, self.patience);
+        self.counts.add(match after.state {
+            attempt::Next::Delivered => Delivery::Delivered,
+            attempt::Next::Pending { .. } => Delivery::Retried,
+            attempt::Next::Dead => Delivery::Dead,
+        });
         if after.state == attempt::Next::Dead {
             warn!(
                 webhook = waiting.webhook,

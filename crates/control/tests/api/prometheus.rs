@@ -2,6 +2,7 @@
 
 use belljar_control::{ApiKey, Config};
 use http_body_util::Full;
+use serde_json::Value;
 
 use crate::support::client::Client;
 use crate::support::{Rig, config, eventually};
@@ -97,7 +98,8 @@ async fn the_figures_are_the_operators() {
     client.get("/metrics").await.assert_error(401, "X-Admin-Token");
     let stranger = Client::new(rig.control.address, &ApiKey::random().expose());
     stranger.get("/metrics").await.assert_error(401, "X-Admin-Token");
-    let answer = rig.admin("GET", "/metrics", serde_json::Value::Null).await;
-    assert_eq!(answer.status, 200, "{}", answer.text);
+    let shown = rig.admin("GET", "/metrics", Value::Null).await;
+    assert_eq!(shown.status, 200, "{}", shown.text);
+    assert_line(&shown.text, r#"belljar_refusals_total{reason="unauthenticated"} 2"#);
     rig.stop().await;
 }

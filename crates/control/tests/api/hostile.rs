@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::support::Rig;
 use crate::support::client::Answer;
+use crate::support::{ADMIN_TOKEN, Rig};
 
 /// Texts that have meant something to somebody: paths, quotes, terminals, logs, headers, databases.
 const TEXTS: &[&str] = &[
@@ -39,15 +39,57 @@ fn encoded(text: &str) -> String {
     text.bytes().map(|byte| format!("%{byte:02x}")).collect()
 }
 
-/// Every operation of the document: its method, its path and its description.
-async fn operations(rig: &Rig) -> Vec<(Method, String, Value)> {
+/// An operation of the document, with what opens it.
+struct Operation {
+    method: Method,
+    path: String,
+    described: Value,
+    headers: Vec<(&'static str, String)>,
+}
+
+impl Operation {
+    async fn send(&self, rig: &Rig, path: &str, body: &Bytes, media: &str) -> Answer {
+        let uri = format!("http://{}{path}", rig.control.address);
+        let request = Request::builder().method(self.method.clone()).uri(uri);
+        let request = request.header("content-type", media);
+        let request = self.headers.iter().fold(request, |r, (name, value)| r.header(*name, value));
+        rig.control.client.raw(request.body(Full::new(body.clone())).expect("a request")).await
+    }
+
+    async fn json(&self, rig: &Rig, path: &str, body: &'static str) -> Answer {
+        self.send(rig, path, &Bytes::from_static(body.as_bytes()), "application/json").await
+    }
+}
+
+/// Every operation of the document that can be opened without an identity provider.
+async fn operations(rig: &Rig) -> Vec<Operation> {
     let document = rig.control.client.get("/openapi.json").await.json();
+    let (_, token) = rig.user("hostile@example.org").await;
+    let team = rig.control.store.ensure_team("default").await.expect("a team").id.to_string();
+    let opens = |described: &Value| -> Option<Vec<(&'static str, String)>> {
+        let Some(ways) = described["security"].as_array() else { return Some(Vec::new()) };
+        let takes = |scheme: &str| ways.iter().any(|way| way.get(scheme).is_some());
+        let admin = || ("x-admin-token", ADMIN_TOKEN.to_owned());
+        if takes("ApiKeyAuth") {
+            Some(vec![("x-api-key", rig.control.client.key.clone())])
+        } else if takes("AdminTeamAuth") {
+            Some(vec![admin(), ("x-team-id", team.clone())])
+        } else if takes("AdminApiKeyAuth") {
+            Some(vec![admin()])
+        } else {
+            takes("AccessTokenAuth").then(|| vec![("authorization", format!("Bearer {token}"))])
+        }
+    };
     let paths = document["paths"].as_object().expect("paths");
     let operations = paths.iter().flat_map(|(path, item)| {
         let operations = item.as_object().expect("operations").iter();
-        operations.map(|(method, operation)| {
-            let method = method.to_ascii_uppercase().parse().expect("a method");
-            (method, path.clone(), operation.clone())
+        operations.filter_map(|(method, described)| {
+            Some(Operation {
+                method: method.to_ascii_uppercase().parse().expect("a method"),
+                path: path.clone(),
+                described: described.clone(),
+                headers: opens(described)?,
+            })
         })
     });
     operations.collect()
@@ -57,6 +99,32 @@ async fn operations(rig: &Rig) -> Vec<(Method, String, Value)> {
 fn filled(path: &str, value: &str) -> String {
     let segments = path.split('/').map(|s| if s.starts_with('{') { value } else { s });
     segments.collect::<Vec<_>>().join("/")
+}
+
+/// Things that are there, so that an answer is about the input.
+struct There {
+    sandbox: String,
+    webhook: String,
+}
+
+impl There {
+    async fn make(rig: &Rig) -> There {
+        let sandbox = rig.create(r#"{"templateID":"base"}"#).await;
+        let webhook = json!({
+            "name": "hook", "url": "https://example.org/hook", "enabled": false,
+            "events": ["sandbox.lifecycle.created"], "signatureSecret": "0123456789abcdef",
+        });
+        let made = rig.control.client.post("/events/webhooks", &webhook.to_string()).await;
+        assert_eq!(made.status, 201, "{}", made.text);
+        let webhook = made.json()["id"].as_str().expect("an id").to_owned();
+        There { sandbox, webhook }
+    }
+
+    /// `path` with what is there in place of its parameters.
+    fn filled(&self, path: &str) -> String {
+        let is_hook = path.starts_with("/events/webhooks");
+        filled(path, if is_hook { &self.webhook } else { &self.sandbox })
+    }
 }
 
 /// An answer is either a success or a refusal in the one shape; never the server's fault.
@@ -82,45 +150,46 @@ fn creates(rig: &Rig) -> usize {
 async fn hostile_paths_and_parameters_are_harmless_everywhere() {
     let rig = Rig::start().await;
     let client = &rig.control.client;
-    let id = rig.create(r#"{"templateID":"base"}"#).await;
-    for (method, path, operation) in operations(&rig).await {
+    let there = There::make(&rig).await;
+    for operation in operations(&rig).await {
+        let Operation { method, path, described, .. } = &operation;
         for text in TEXTS.iter().filter(|text| !text.is_empty()) {
             if path.contains('{') {
-                let target = filled(&path, &encoded(text));
-                let answer = client.send(method.clone(), &target, "{}").await;
+                let target = filled(path, &encoded(text));
+                let answer = operation.json(&rig, &target, "{}").await;
                 assert_sane(&answer, &format!("{method} {path} with {text:?}"));
                 assert!(answer.status >= 400, "{method} {path} with {text:?}: {}", answer.status);
             }
         }
-        for target in [filled(&path, "%ff"), filled(&path, "%c3%28")] {
+        for target in [filled(path, "%ff"), filled(path, "%c3%28")] {
             if path.contains('{') {
-                let answer = client.send(method.clone(), &target, "{}").await;
+                let answer = operation.json(&rig, &target, "{}").await;
                 assert_sane(&answer, &format!("{method} {target}"));
                 assert!(matches!(answer.status, 400 | 404), "{method} {target}: {}", answer.status);
             }
         }
-        if method != Method::GET {
+        if *method != Method::GET {
             continue;
         }
-        let path = filled(&path, &id);
-        for parameter in operation["parameters"].as_array().into_iter().flatten() {
+        let path = there.filled(path);
+        for parameter in described["parameters"].as_array().into_iter().flatten() {
             if parameter["in"] != "query" {
                 continue;
             }
             let name = parameter["name"].as_str().expect("a name");
             for text in TEXTS {
                 let target = format!("{path}?{name}={}", encoded(text));
-                assert_sane(&client.get(&target).await, &target);
+                assert_sane(&operation.json(&rig, &target, "").await, &target);
             }
             for target in [format!("{path}?{name}=%ff"), format!("{path}?{name}=%00")] {
-                let answer = client.get(&target).await;
+                let answer = operation.json(&rig, &target, "").await;
                 assert_sane(&answer, &target);
                 assert_eq!(answer.status, 400, "{target}");
             }
         }
     }
     assert_eq!(creates(&rig), 1);
-    assert_eq!(client.get(&format!("/sandboxes/{id}")).await.status, 200);
+    assert_eq!(client.get(&format!("/sandboxes/{}", there.sandbox)).await.status, 200);
     rig.stop().await;
 }
 
@@ -128,8 +197,7 @@ async fn hostile_paths_and_parameters_are_harmless_everywhere() {
 async fn hostile_bodies_are_refused_everywhere() {
     let rig = Rig::start().await;
     let client = &rig.control.client;
-    let id = rig.create(r#"{"templateID":"base"}"#).await;
-    let path_of = |path: &str| filled(path, &id);
+    let there = There::make(&rig).await;
     let deep = |open: &str, close: &str| {
         format!(r#"{{"templateID":"base","x":{}1{}}}"#, open.repeat(9999), close.repeat(9999))
     };
@@ -149,13 +217,14 @@ async fn hostile_bodies_are_refused_everywhere() {
     .into_iter()
     .chain([deep("[", "]"), deep(r#"{"x":"#, "}")].map(Bytes::from))
     .collect();
-    for (method, path, operation) in operations(&rig).await {
-        if operation.get("requestBody").is_none() {
+    for operation in operations(&rig).await {
+        let Operation { method, path, described, .. } = &operation;
+        if described.get("requestBody").is_none() {
             continue;
         }
         for body in &refused {
             let what = format!("{method} {path} with {:.40}", String::from_utf8_lossy(body));
-            let answer = send(&rig, &method, &path_of(&path), body, "application/json").await;
+            let answer = operation.send(&rig, &there.filled(path), body, "application/json").await;
             assert_sane(&answer, &what);
             assert_eq!(answer.status, 400, "{what}: {}", answer.text);
         }
@@ -163,25 +232,14 @@ async fn hostile_bodies_are_refused_everywhere() {
         {
             let what = format!("{method} {path} as {media}");
             let body = Bytes::from_static(b"{}");
-            let answer = send(&rig, &method, &path_of(&path), &body, media).await;
+            let answer = operation.send(&rig, &there.filled(path), &body, media).await;
             assert_sane(&answer, &what);
             assert_eq!(answer.status, 415, "{what}: {}", answer.text);
         }
     }
     assert_eq!(creates(&rig), 1);
-    assert_eq!(client.get(&format!("/sandboxes/{id}")).await.status, 200);
+    assert_eq!(client.get(&format!("/sandboxes/{}", there.sandbox)).await.status, 200);
     rig.stop().await;
-}
-
-async fn send(rig: &Rig, method: &Method, path: &str, body: &Bytes, media: &str) -> Answer {
-    let request = Request::builder()
-        .method(method.clone())
-        .uri(format!("http://{}{path}", rig.control.address))
-        .header("x-api-key", &rig.control.client.key)
-        .header("content-type", media)
-        .body(Full::new(body.clone()))
-        .expect("a request");
-    rig.control.client.raw(request).await
 }
 
 /// Texts that a create may carry come back as they were, whatever they look like.

@@ -36,6 +36,11 @@ impl Server {
 
     /// Runs a command made by [`up`] or [`node`] and waits for its readiness line.
     pub fn run(command: &mut Command) -> Server {
+        Server::try_run(command).expect("the server becomes ready")
+    }
+
+    /// The same for a server that may end before it is ready; `None` when it did.
+    pub fn try_run(command: &mut Command) -> Option<Server> {
         let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
@@ -44,8 +49,12 @@ impl Server {
         let stdout = child.stdout.take().expect("piped");
         let mut line = String::new();
         BufReader::new(stdout).read_line(&mut line).expect("a readiness line");
+        if line.is_empty() {
+            let _status = child.wait().expect("the server can be waited for");
+            return None;
+        }
         let ready = serde_json::from_str(&line).expect("the readiness line is JSON");
-        Server { child, ready }
+        Some(Server { child, ready })
     }
 
     /// A text field of the readiness line.

@@ -104,6 +104,8 @@ impl Server {
         let mut command = command::tied(&program);
         command.env("BELLJAR_RUNTIME", "fake");
         command.env("BELLJAR_SANDBOXES_MAX", FAKE_SANDBOXES_MAX.to_string());
+        // The suite that receives webhooks does so on this machine.
+        command.env("BELLJAR_WEBHOOK_ALLOW_PRIVATE", "true");
         Server::start_with(command, data, &places.logs().join("server-fake.log"))
     }
 

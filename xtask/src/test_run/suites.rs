@@ -55,6 +55,8 @@ pub(super) const CONTROL: &[Suite] = &[
     suite("control, python sync", Runner::Python, "python/control_suite.py"),
     suite("control, python async", Runner::Python, "python/control_suite_async.py"),
     suite("control, js", Runner::Node, "js/control_suite.mjs"),
+    suite("several teams", Runner::Python, "python/platform_suite.py"),
+    suite("webhooks", Runner::Python, "python/webhooks_suite.py"),
 ];
 
 /// Against a server, one after the other: each has the emulated processors to itself.

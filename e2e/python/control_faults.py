@@ -5,16 +5,18 @@ import uuid
 
 from e2b import (
     InvalidArgumentException,
+    RateLimitException,
     SandboxException,
     SandboxNotFoundException,
     ServiceBusyException,
 )
 
 import raw
-from checks import araises, equal, true
+from checks import Skip, araises, equal, true
 from control_world import near, same, seconds_left
 from forwarder import Forwarder, Lost
 from guest_clients import in_thread
+from operator_api import TOKEN_FILE, Team, token
 
 UNAVAILABLE = Lost(503)
 
@@ -116,6 +118,24 @@ async def key_codes(world):
     for wrong in ("UPPER", "with space", "", "x" * 256, 7):
         await araises(InvalidArgumentException, world.create(idempotency_key=wrong))
     equal(await world.listed(), [], "what was created")
+
+
+async def limit(world):
+    """The limit of a team is an error of its own kind, and does not come by repeating."""
+    if token() is None:
+        raise Skip(f"{TOKEN_FILE} is not set: a team with a limit cannot be made")
+    team = await in_thread(Team, limitOverrides={"maxConcurrentSandboxes": 1})
+    try:
+        sandbox = await world.create(api_key=team.key)
+        error = await araises(RateLimitException, world.create(api_key=team.key))
+        true("the maximum number of concurrent E2B sandboxes (1)" in str(error), f"text: {error!r}")
+        equal(await world.sdk.call(sandbox, "kill", api_key=team.key), True, "kill")
+        again = await world.create(api_key=team.key)
+        # The class asks with the key of the environment, which is the first team's.
+        await world.fails(SandboxNotFoundException, world.Sandbox, "get_info", again.sandbox_id)
+        equal(await world.sdk.call(again, "kill", api_key=team.key), True, "kill")
+    finally:
+        await in_thread(team.__exit__)
 
 
 async def at_once(world):

@@ -23,6 +23,7 @@ SINGLE = (
     control_scenes.client_object,
     control_scenes.not_yet,
     control_faults.at_once,
+    control_faults.limit,
     control_faults.lost_others,
     control_faults.no_retry,
     control_faults.same_key,

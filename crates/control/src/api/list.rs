@@ -90,7 +90,7 @@ pub(crate) async fn list_v2(
     let range = Range {
         order: wanted.order(),
         after: wanted.after().map(key).transpose()?,
-        started_from: query.get("startedAfter").map(parse_time).transpose()?,
+        started_from: query.exact("startedAfter").map(parse_time).transpose()?,
     };
     let shows_running = wants_running(&query)?;
     let (mut page, total) = page(&app, &team, &range, &filter, wanted.limit());

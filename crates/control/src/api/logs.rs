@@ -21,6 +21,8 @@ use crate::node::{LogEntry, LogsWanted};
 use crate::team::Team;
 
 const MAX_LIMIT: u32 = 1000;
+/// What version 1 takes for a limit at all: its parameter is a 32-bit integer.
+const MAX_ASKED: u32 = i32::MAX as u32;
 const MAX_SEARCH_CHARS: usize = 256;
 
 /// What processes say goes by this name, and what the guest daemon says of the log by that one.
@@ -52,7 +54,9 @@ pub(crate) async fn list_v1(
     let wanted = LogsWanted {
         cursor: time(&query, "start")?,
         // Clients of this version were never told a limit.
-        limit: query.number("limit", 0..=u32::MAX)?.map_or(MAX_LIMIT, |limit| limit.min(MAX_LIMIT)),
+        limit: query
+            .number("limit", 0..=MAX_ASKED)?
+            .map_or(MAX_LIMIT, |limit| limit.min(MAX_LIMIT)),
         backward: false,
         min_level: None,
         search: String::new(),
@@ -90,7 +94,7 @@ pub(crate) async fn list_v2(
         cursor: time(&query, "cursor")?,
         limit: query.number("limit", 0..=MAX_LIMIT)?.unwrap_or(MAX_LIMIT),
         backward: direction(&query)? == Direction::NewestFirst,
-        min_level: query.get("level").map(level).transpose()?,
+        min_level: query.exact("level").map(level).transpose()?,
         search: search(&query)?.to_owned(),
     };
     let entries = entries(&app, &team, &named, wanted).await?;
@@ -116,7 +120,7 @@ async fn entries(
 }
 
 fn time(query: &Query, name: &str) -> Result<Option<UnixMillis>, ApiError> {
-    let Some(text) = query.get(name) else { return Ok(None) };
+    let Some(text) = query.exact(name) else { return Ok(None) };
     match text.parse() {
         Ok(unix_ms) if unix_ms >= 0 => Ok(Some(UnixMillis(unix_ms))),
         _ => Err(ApiError::bad_request(format!(
@@ -135,7 +139,7 @@ enum Direction {
 }
 
 fn direction(query: &Query) -> Result<Direction, ApiError> {
-    match query.get("direction") {
+    match query.exact("direction") {
         None | Some("forward") => Ok(Direction::OldestFirst),
         Some("backward") => Ok(Direction::NewestFirst),
         Some(_) => {

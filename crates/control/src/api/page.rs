@@ -36,7 +36,7 @@ impl Wanted {
     /// Reads `limit`, `order` and `nextToken`.
     pub(crate) fn from_query(query: &Query) -> Result<Wanted, ApiError> {
         let limit = query.number("limit", 1..=MAX_LIMIT)?.unwrap_or(MAX_LIMIT) as usize;
-        let order = match query.get("order") {
+        let order = match query.exact("order") {
             None | Some("desc") => Order::NewestFirst,
             Some("asc") => Order::OldestFirst,
             Some(_) => {

@@ -22,7 +22,7 @@ pub(crate) fn range(query: &Query) -> Result<(Option<UnixMillis>, Option<UnixMil
 }
 
 fn seconds(query: &Query, name: &str) -> Result<Option<i64>, ApiError> {
-    let Some(text) = query.get(name) else { return Ok(None) };
+    let Some(text) = query.exact(name) else { return Ok(None) };
     match text.parse() {
         Ok(seconds) if (0..=LAST_SECOND).contains(&seconds) => Ok(Some(seconds)),
         _ => Err(ApiError::bad_request(format!(
@@ -55,7 +55,7 @@ mod tests {
             assert!(refused.contains("'start'"), "{refused}");
         }
         for text in ["end=", "end=99999999999999999999"] {
-            assert_eq!(read(text).is_err(), text.len() > 4, "{text}");
+            assert!(read(text).is_err(), "{text}");
         }
         let refused = format!("{:?}", read("start=2&end=1").expect_err("it is backwards"));
         assert!(refused.contains("'end'"), "{refused}");

@@ -48,7 +48,6 @@ async fn a_sandbox_shows_what_it_used() {
         ("?end=15", vec![10, 15]),
         ("?start=15&end=15", vec![15]),
         ("?start=21", vec![]),
-        ("?start=&end=", vec![10, 15, 20]),
     ] {
         let answer = client.get(&format!("/sandboxes/{id}/metrics{query}")).await.json();
         let times = answer.as_array().expect("a list").iter().map(|m| m["timestampUnix"].clone());
@@ -76,6 +75,7 @@ async fn bad_times_are_refused_by_name() {
     let client = &rig.control.client;
     for (query, name) in [
         ("start=x", "'start'"),
+        ("end=", "'end'"),
         ("end=-1", "'end'"),
         ("end=1.5", "'end'"),
         ("start=2&end=1", "'end'"),

@@ -14,6 +14,8 @@ pub(crate) struct SdkPrograms {
     pub(crate) python_venv: PathBuf,
     /// Virtual environment with the previous generation of the Python SDK.
     pub(crate) old_python_venv: PathBuf,
+    /// Virtual environment with the program that tests the API against its own document.
+    pub(crate) schemathesis_venv: PathBuf,
     /// Folder with `node_modules` for the JS SDK.
     pub(crate) js_folder: PathBuf,
     /// The same for the oldest JS SDK.
@@ -30,6 +32,7 @@ impl SdkPrograms {
         SdkPrograms {
             python_venv: folder.join("python"),
             old_python_venv: folder.join("python-old"),
+            schemathesis_venv: folder.join("python-schemathesis"),
             js_folder: folder.join("js"),
             old_js_folder: folder.join("js-old"),
             cli_folder: folder.join("cli"),
@@ -68,6 +71,11 @@ impl SdkPrograms {
     /// The Python with the previous generation of the SDK.
     pub(crate) fn old_python(&self) -> PathBuf {
         self.old_python_venv.join("bin/python")
+    }
+
+    /// The Python with schemathesis.
+    pub(crate) fn schemathesis_python(&self) -> PathBuf {
+        self.schemathesis_venv.join("bin/python")
     }
 
     /// Our own node where setup had to install one, else the system's.

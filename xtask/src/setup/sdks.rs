@@ -19,6 +19,7 @@ pub(super) fn install(context: &StepContext<'_>) -> Result<Outcome, StepError> {
     let e2e = context.places.root.join("e2e");
     let requirements = e2e.join("python/requirements.txt");
     let old_requirements = e2e.join("python/requirements-old.txt");
+    let schemathesis = e2e.join("python/requirements-schemathesis.txt");
     let package_json = e2e.join("js/package.json");
     let old_package_json = e2e.join("js-old/package.json");
     let cli_package_json = e2e.join("cli/package.json");
@@ -26,6 +27,7 @@ pub(super) fn install(context: &StepContext<'_>) -> Result<Outcome, StepError> {
     let key = content_key([
         &read(&requirements)?[..],
         &read(&old_requirements)?,
+        &read(&schemathesis)?,
         &read(&package_json)?,
         &read(&old_package_json)?,
         &read(&cli_package_json)?,
@@ -43,6 +45,7 @@ pub(super) fn install(context: &StepContext<'_>) -> Result<Outcome, StepError> {
         std::fs::create_dir_all(&folder)?;
         python(context, &programs.python_venv, &requirements)?;
         python(context, &programs.old_python_venv, &old_requirements)?;
+        python(context, &programs.schemathesis_venv, &schemathesis)?;
         suitable_node(context, &programs)?;
         javascript(context, &programs, &programs.js_folder, &package_json)?;
         javascript(context, &programs, &programs.old_js_folder, &old_package_json)?;
@@ -56,7 +59,7 @@ pub(super) fn install(context: &StepContext<'_>) -> Result<Outcome, StepError> {
 }
 
 fn python(context: &StepContext<'_>, venv: &Path, requirements: &Path) -> Result<(), StepError> {
-    context.say(&format!("installs the Python SDK of {}", requirements.display()));
+    context.say(&format!("installs the Python packages of {}", requirements.display()));
     let mut make = tied("python3");
     make.args(["-m", "venv"]).arg(venv);
     context.run(make, |_| {}).or_fix("install python3-venv: `python3 -m venv` must work")?;

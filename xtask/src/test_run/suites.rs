@@ -24,6 +24,7 @@ const LONG_LIMIT: Duration = Duration::from_secs(30 * 60);
 pub(super) enum Runner {
     Python,
     OldPython,
+    Schemathesis,
     Node,
 }
 
@@ -57,6 +58,7 @@ pub(super) const CONTROL: &[Suite] = &[
     suite("control, js", Runner::Node, "js/control_suite.mjs"),
     suite("several teams", Runner::Python, "python/platform_suite.py"),
     suite("webhooks", Runner::Python, "python/webhooks_suite.py"),
+    suite("API against its document", Runner::Schemathesis, "python/api_schema.py"),
 ];
 
 /// Against a server, one after the other: each has the emulated processors to itself.
@@ -125,6 +127,7 @@ impl Suites<'_> {
         let program: PathBuf = match suite.runner {
             Runner::Python => self.sdks.python(),
             Runner::OldPython => self.sdks.old_python(),
+            Runner::Schemathesis => self.sdks.schemathesis_python(),
             Runner::Node => self.sdks.node(),
         };
         let mut command = command::tied(program);

@@ -129,7 +129,7 @@ fn one_caller_ends_a_sandbox() {
     assert!(!live.hide_missing(&s.id, &s.execution));
     assert!(ids(&live, &team, NOW).is_empty());
     live.abort_end(&s.id, &s.execution);
-    assert_eq!(ids(&live, &team, NOW), [s.id.clone()]);
+    assert_eq!(ids(&live, &team, NOW), std::slice::from_ref(&s.id));
     assert!(live.hide_missing(&s.id, &s.execution));
     assert!(live.find(&s.id, &team, NOW).is_none());
     assert!(live.remove(&s.id, &s.execution).is_some());
@@ -174,7 +174,7 @@ fn a_moved_end_is_where_it_is_looked_for() {
     let moved = live.move_end(&s.id, &s.execution, UnixMillis(9_000)).expect("it is there");
     assert_eq!(moved.end_at, UnixMillis(9_000));
     assert_eq!(live.count(&team, LATER), 1);
-    assert_eq!(ids(&live, &team, LATER), [s.id.clone()]);
+    assert_eq!(ids(&live, &team, LATER), std::slice::from_ref(&s.id));
     assert_eq!(live.count(&team, UnixMillis(9_000)), 0);
     live.remove(&s.id, &s.execution).expect("it is there");
     assert!(live.lock().teams.is_empty());

@@ -5,7 +5,7 @@ use belljar_wire::rpc::belljar::node::v1::CreateSandboxRequest;
 use connectrpc::ConnectError;
 
 use crate::support::client::Client;
-use crate::support::node::{State, sandbox_info};
+use crate::support::node::State;
 use crate::support::{Control, Rig, config, eventually};
 
 const V2: &str = "/v2/sandboxes";
@@ -109,11 +109,7 @@ async fn a_create_whose_node_was_lost_is_found_again_or_made_anew() {
             let asked = the_create_at_the_node(&state).await;
             if arrived {
                 // It runs, and nobody was told.
-                let mut info =
-                    sandbox_info(&asked.sandbox_id, &asked.execution_id, asked.end_at_unix_ms);
-                info.terms = asked.terms.clone();
-                let mut sandboxes = state.sandboxes.lock().expect("no panic holds it");
-                sandboxes.insert(asked.sandbox_id.clone(), info);
+                state.run(&asked);
             }
             (node.reconnect().await, asked)
         });

@@ -152,6 +152,14 @@ impl State {
         self.sandboxes.lock().expect("no panic holds it").remove(id).expect("it runs");
     }
 
+    /// A sandbox that was asked for runs, whether or not anybody was told.
+    pub(crate) fn run(&self, asked: &CreateSandboxRequest) {
+        let mut info = sandbox_info(&asked.sandbox_id, &asked.execution_id, asked.end_at_unix_ms);
+        info.terms.clone_from(&asked.terms);
+        let mut sandboxes = self.sandboxes.lock().expect("no panic holds it");
+        sandboxes.insert(asked.sandbox_id.clone(), info);
+    }
+
     pub(crate) fn holds(&self, id: &str) -> bool {
         self.sandboxes.lock().expect("no panic holds it").contains_key(id)
     }

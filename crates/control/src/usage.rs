@@ -135,7 +135,7 @@ mod tests {
         usage.started(&first);
         usage.started(&second);
         let mut take = |running: &[&TeamId], usage: &Usage| {
-            let running = running.iter().map(|team| TeamId::clone(team));
+            let running = running.iter().copied().cloned();
             let mut found: Vec<_> = samples(moment, running, usage.take(), &mut active)
                 .into_iter()
                 .map(|sample| (sample.team, sample.concurrent, sample.started, sample.span_ms))

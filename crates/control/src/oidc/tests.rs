@@ -138,7 +138,8 @@ async fn clocks_may_differ_by_a_minute_and_audiences_be_several() {
     let key = Signer::ed25519("a");
     let rig = Rig::start(&[&key]).await;
     let now = clock::now().0 / 1000;
-    let good: Vec<Box<dyn FnOnce(&mut Value)>> = vec![
+    type Edit<'a> = Box<dyn FnOnce(&mut Value) + 'a>;
+    let good: Vec<Edit<'_>> = vec![
         Box::new(|claims| claims["exp"] = json!(now - 50)),
         Box::new(|claims| claims["nbf"] = json!(now + 50)),
         Box::new(|claims| claims["iat"] = json!(now as f64 + 50.5)),

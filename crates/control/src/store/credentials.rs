@@ -362,7 +362,7 @@ mod tests {
             let key = ApiKey::random();
             let made = store.insert_key(&team.id, &key, "ci", Some(&user.id)).await.expect("a key");
             assert_eq!(made.created_by, Some((user.id.clone(), "ada@example.org".to_owned())));
-            assert_eq!(store.keys_of(&team.id).await.expect("a list"), [made.clone()]);
+            assert_eq!(store.keys_of(&team.id).await.expect("a list"), std::slice::from_ref(&made));
             let found = store.team_of_key(&key.hash()).await.expect("a lookup");
             assert_eq!(found, Some((made.id.clone(), team.clone())));
 
@@ -386,7 +386,7 @@ mod tests {
             let user = store.create_user("ada@example.org", None).await.expect("a user").id;
             let token = AccessToken::random();
             let made = store.insert_token(&user, &token, "laptop").await.expect("a token");
-            assert_eq!(store.tokens_of(&user).await.expect("a list"), [made.clone()]);
+            assert_eq!(store.tokens_of(&user).await.expect("a list"), std::slice::from_ref(&made));
             let found = store.user_of_token(&token.hash()).await.expect("a lookup");
             assert_eq!(found, Some((made.id.clone(), user.clone())));
             assert!(!store.delete_token(&UserId::random(), &made.id).await.expect("not theirs"));

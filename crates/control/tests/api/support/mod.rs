@@ -3,6 +3,7 @@
 pub(crate) mod client;
 pub(crate) mod node;
 pub(crate) mod receiver;
+pub(crate) mod walk;
 
 use std::collections::HashMap;
 use std::convert::Infallible;

@@ -214,7 +214,8 @@ async fn start_control(
     Ok(api_key)
 }
 
-/// The default team's key: the one in the key file, which is made on the first start.
+/// The default team's key: the one in the key file, which is made on the first start. One that the
+/// store does not have was removed there, or belongs to another store, and is never let in again.
 async fn team_key(local: &Local, store: &Store) -> Result<String> {
     let team = store.ensure_team("default").await.context("failed to make the default team")?;
     let path = local.key_file();
@@ -225,11 +226,14 @@ async fn team_key(local: &Local, store: &Store) -> Result<String> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
         Err(e) => return Err(anyhow!(e).context(format!("failed to read {}", path.display()))),
     };
-    let key = kept.unwrap_or_else(ApiKey::random);
-    write_private(&path, &format!("{}\n", key.expose()))?;
-    if !store.has_key(&key).await.context("failed to look the API key up")? {
-        store.add_key(&team.id, &key).await.context("failed to store the API key")?;
+    if let Some(key) = kept
+        && store.has_key(&key).await.context("failed to look the API key up")?
+    {
+        return Ok(key.expose());
     }
+    let key = ApiKey::random();
+    write_private(&path, &format!("{}\n", key.expose()))?;
+    store.add_key(&team.id, &key).await.context("failed to store the API key")?;
     Ok(key.expose())
 }
 

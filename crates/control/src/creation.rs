@@ -25,6 +25,7 @@ use crate::limits::TooBig;
 use crate::live::{AtLimit, EndedEarly, Sandbox, Slot, Terms};
 use crate::node::{NodeCallError, Start};
 use crate::nodes::{Contact, Member};
+use crate::store::StoreError;
 use crate::team::Team;
 use crate::templates::{Placed, Reference, ResolveError, Template};
 use crate::terms;
@@ -56,6 +57,10 @@ pub(crate) enum CreateError {
     Key(#[from] KeyTaken),
     #[error(transparent)]
     Template(#[from] ResolveError),
+    #[error("look the team up again")]
+    Store(#[from] StoreError),
+    #[error("create the sandbox: its team is gone, or was blocked meanwhile")]
+    TeamClosed,
     #[error(transparent)]
     AtLimit(#[from] AtLimit),
     #[error(transparent)]
@@ -82,6 +87,8 @@ impl CreateError {
             CreateError::Key(KeyTaken::Mismatch) => Kind::Invalid,
             CreateError::Key(_) => Kind::Conflict,
             CreateError::Template(e) => e.kind(),
+            CreateError::Store(e) => e.kind(),
+            CreateError::TeamClosed => Kind::Forbidden,
             CreateError::AtLimit(_) | CreateError::TooFast(_) => Kind::Quota,
             CreateError::TooBig(e) => e.kind(),
             CreateError::EndedEarly(_) | CreateError::NoNode | CreateError::NoCompatibleNode => {
@@ -101,6 +108,8 @@ impl CreateError {
             CreateError::Mixup | CreateError::EndedEarly(_) => true,
             CreateError::Key(_)
             | CreateError::Template(_)
+            | CreateError::Store(_)
+            | CreateError::TeamClosed
             | CreateError::AtLimit(_)
             | CreateError::TooBig(_)
             | CreateError::TooFast(_)
@@ -150,6 +159,12 @@ async fn create_here(
     limits.allow_size(template.vcpus, template.memory, template.disk)?;
     let limit = limits.max_concurrent_sandboxes;
     let mut slot = app.live.reserve(&team.id, limit, clock::now())?;
+    // The team was let in before the body came, which may be long ago. Whoever closes it looks for
+    // reserved places after that.
+    match app.access.team(&team.id).await? {
+        Some(now) if now.blocked.is_none() || team.blocked.is_some() => {}
+        _ => return Err(CreateError::TeamClosed),
+    }
     let now = Instant::now().into_std();
     app.access.creation_rate.take(&team.id, limits.creates_per_second, now)?;
     reach(Point::CreateReserved);
@@ -232,6 +247,8 @@ fn is_astray(error: &CreateError) -> bool {
         CreateError::Mixup => true,
         CreateError::Key(_)
         | CreateError::Template(_)
+        | CreateError::Store(_)
+        | CreateError::TeamClosed
         | CreateError::AtLimit(_)
         | CreateError::TooBig(_)
         | CreateError::TooFast(_)

@@ -219,7 +219,9 @@ impl Ticket {
     /// The create made `sandbox`.
     pub(crate) fn done(self, sandbox: &Arc<Sandbox>) {
         let since = sandbox.started_at;
-        self.set(Stage::Done { sandbox: Arc::clone(sandbox), since });
+        // No answer to a create shows the labels, and they may be large.
+        let sandbox = Arc::new(Sandbox { metadata: BTreeMap::new(), ..(**sandbox).clone() });
+        self.set(Stage::Done { sandbox, since });
     }
 
     /// Nobody knows what the create made, until this ticket is done or dropped.

@@ -28,7 +28,7 @@ use tokio::sync::Notify;
 
 use crate::token::TokenSeed;
 
-pub(crate) use credentials::{CredentialRecord, Used};
+pub(crate) use credentials::{CLI_KEY, CredentialRecord, Used};
 pub use database::{Database, DatabaseError};
 pub(crate) use database::{Pool, Tx, on_pool, on_tx};
 pub(crate) use deliveries::{DeliveriesWanted, Delivery, Taken, Waiting};
@@ -101,6 +101,14 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether what was to be written is at fault, so that trying it again changes nothing.
+    pub(crate) fn is_of_the_data(&self) -> bool {
+        let StoreError::Query { source: sqlx::Error::Database(e), .. } = self else { return false };
+        // Class 22 of SQLSTATE: a value the database cannot hold.
+        let unholdable = e.code().is_some_and(|code| code.len() == 5 && code.starts_with("22"));
+        unholdable || !matches!(e.kind(), sqlx::error::ErrorKind::Other)
+    }
+
     /// What a caller should do about it.
     pub fn kind(&self) -> Kind {
         match self {

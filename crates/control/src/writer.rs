@@ -12,7 +12,7 @@ use belljar_daemon::fault::{Point, reach};
 use belljar_daemon::{OnError, Scope, clock};
 use belljar_domain::{ExecutionId, UnixMillis};
 use tokio::sync::{mpsc, watch};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::live::Sandbox;
 use crate::store::{Store, StoreError};
@@ -21,8 +21,10 @@ use crate::store::{Store, StoreError};
 const QUEUE: usize = 8192;
 /// Changes written in one transaction.
 const BATCH: usize = 256;
-const TRIES: u32 = 3;
+/// With the longest wait between them, several minutes of a database that is away.
+const TRIES: u32 = 60;
 const FIRST_RETRY: Duration = Duration::from_millis(100);
+const MAX_RETRY: Duration = Duration::from_secs(5);
 
 /// One thing to remember.
 #[derive(Debug, Clone)]
@@ -129,13 +131,13 @@ async fn run(
     let mut batch = Vec::with_capacity(BATCH);
     while changes.recv_many(&mut batch, BATCH).await > 0 {
         reach(Point::StoreBeforeWrite);
-        if let Err(e) = apply(store, &batch).await {
-            lost.send_modify(|lost| *lost += batch.len() as u64);
+        if let Err((changes, e)) = apply(store, &batch).await {
+            lost.send_modify(|lost| *lost += changes);
             let reason = std::error::Error::source(&e).map(ToString::to_string);
             warn!(
                 error = %e,
                 reason,
-                changes = batch.len(),
+                changes,
                 "changes were not written; the reconciler writes them later"
             );
         }
@@ -145,14 +147,36 @@ async fn run(
     }
 }
 
-async fn apply(store: &Store, batch: &[Noted]) -> Result<(), StoreError> {
+/// Writes what can be written; answers how many changes could not, and why the last of them.
+async fn apply(store: &Store, batch: &[Noted]) -> Result<(), (u64, StoreError)> {
+    match apply_patiently(store, batch).await {
+        Ok(()) => Ok(()),
+        Err(e) if e.is_of_the_data() && batch.len() > 1 => {
+            // One of them is at fault, and the others are other teams'.
+            let mut failed = None;
+            for change in batch {
+                if let Err(e) = apply_patiently(store, std::slice::from_ref(change)).await {
+                    let count = failed.map_or(0, |(count, _)| count);
+                    failed = Some((count + 1, e));
+                }
+            }
+            failed.map_or(Ok(()), Err)
+        }
+        Err(e) => Err((batch.len() as u64, e)),
+    }
+}
+
+/// A database that is away is waited for: the queue bounds what waits with it.
+async fn apply_patiently(store: &Store, batch: &[Noted]) -> Result<(), StoreError> {
     let mut wait = FIRST_RETRY;
     for _ in 1..TRIES {
-        if store.apply(batch).await.is_ok() {
-            return Ok(());
+        match store.apply(batch).await {
+            Ok(()) => return Ok(()),
+            Err(e) if e.is_of_the_data() => return Err(e),
+            Err(e) => debug!(error = %e, "changes were not written yet"),
         }
         tokio::time::sleep(wait).await;
-        wait *= 2;
+        wait = (wait * 2).min(MAX_RETRY);
     }
     store.apply(batch).await
 }

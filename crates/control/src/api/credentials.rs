@@ -16,11 +16,9 @@ use super::path::Segments;
 use super::shapes::time;
 use crate::app::App;
 use crate::keys::{AccessToken, ApiKey, KeyMask};
-use crate::store::CredentialRecord;
+use crate::store::{CLI_KEY, CredentialRecord};
 use crate::team::{CredentialId, UserId};
 
-/// What the keys are called that `GET /teams` makes.
-const CLI_KEY: &str = "E2B CLI";
 /// How many of them one user keeps in one team: logins on other machines go on working, and
 /// asking again and again does not fill the store.
 const CLI_KEYS_KEPT: u32 = 10;
@@ -41,9 +39,10 @@ pub(crate) async fn list_teams(
 ) -> Answer {
     let user = user_of(&principal)?;
     let mut shown = Vec::new();
+    let mut removed = 0;
     for (team, is_default) in app.store.teams_of(user).await? {
         let key = ApiKey::random();
-        app.store.keep_newest_keys(&team.id, user, CLI_KEY, CLI_KEYS_KEPT - 1).await?;
+        removed += app.store.keep_newest_keys(&team.id, user, CLI_KEYS_KEPT - 1).await?;
         app.store.insert_key(&team.id, &key, CLI_KEY, Some(user)).await?;
         shown.push(rest::UserTeam {
             team_id: team.id.to_string(),
@@ -52,8 +51,9 @@ pub(crate) async fn list_teams(
             is_default,
         });
     }
-    // Old keys may have been removed.
-    app.access.forget();
+    if removed > 0 {
+        app.access.forget();
+    }
     Ok(JsonAnswer(shown).into_response())
 }
 
@@ -120,8 +120,11 @@ pub(crate) async fn delete_key(
 ) -> Answer {
     let id = credential_id(&id).ok_or_else(no_key)?;
     let removed = app.store.delete_key(&team.id, &id).await?;
+    if !removed {
+        return Err(no_key());
+    }
     app.access.forget();
-    if removed { Ok(StatusCode::NO_CONTENT.into_response()) } else { Err(no_key()) }
+    Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 /// Makes an access token. Deprecated: a user's sign-in does all a token does.
@@ -156,8 +159,11 @@ pub(crate) async fn delete_token(
 ) -> Answer {
     let id = credential_id(&id).ok_or_else(no_token)?;
     let removed = app.store.delete_token(user_of(&principal)?, &id).await?;
+    if !removed {
+        return Err(no_token());
+    }
     app.access.forget();
-    if removed { Ok(StatusCode::NO_CONTENT.into_response()) } else { Err(no_token()) }
+    Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 /// The user who asks; the operator is none.

@@ -279,6 +279,10 @@ impl From<CreateError> for ApiError {
                 .final_word()
             }
             CreateError::Key(taken) => taken.into(),
+            CreateError::Store(e) => e.into(),
+            CreateError::TeamClosed => {
+                Self::forbidden("team forbidden: the team is gone, or was blocked meanwhile")
+            }
             CreateError::TooBig(e) => Self::of_kind(kind, e.to_string()),
             CreateError::TooFast(e) => Self::of_kind(
                 kind,

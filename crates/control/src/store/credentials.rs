@@ -10,6 +10,9 @@ use crate::team::{CredentialId, Team, TeamId, UserId};
 
 /// How a key is known that nobody named.
 const UNNAMED: &str = "default";
+/// How keys are known that a user's command line was given. They end with the membership, while
+/// keys made by name stay with the team.
+pub(crate) const CLI_KEY: &str = "E2B CLI";
 
 /// A key or token as it is shown: everything but itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -192,15 +195,15 @@ impl Store {
         Ok(removed > 0)
     }
 
-    /// Of the keys `user` made for `team` under `name`, keeps the `keep` newest.
+    /// Of the keys `user`'s command line was given for `team`, keeps the `keep` newest; answers how
+    /// many went.
     pub(crate) async fn keep_newest_keys(
         &self,
         team: &TeamId,
         user: &UserId,
-        name: &str,
         keep: u32,
-    ) -> Result<(), StoreError> {
-        on_pool!(self, pool => {
+    ) -> Result<u64, StoreError> {
+        let removed = on_pool!(self, pool => {
             sqlx::query(
                 "DELETE FROM api_keys WHERE team_id = $1 AND created_by = $2 AND name = $3 \
                  AND id NOT IN (SELECT id FROM api_keys WHERE team_id = $1 AND created_by = $2 \
@@ -208,13 +211,14 @@ impl Store {
             )
             .bind(team.to_string())
             .bind(user.to_string())
-            .bind(name)
+            .bind(CLI_KEY)
             .bind(i64::from(keep))
             .execute(pool)
             .await
-            .map_err(during("remove old API keys"))?;
+            .map_err(during("remove old API keys"))?
+            .rows_affected()
         });
-        Ok(())
+        Ok(removed)
     }
 
     /// The team a key acts for, and the key's id.
@@ -427,15 +431,25 @@ mod tests {
             let store = bench.store().await;
             let team = store.ensure_team("default").await.expect("a team").id;
             let user = store.create_user("ada@example.org", None).await.expect("a user").id;
-            for (name, by) in [("cli", Some(&user)), ("ci", Some(&user)), ("cli", None)] {
+            for (name, by) in [(CLI_KEY, Some(&user)), ("ci", Some(&user)), (CLI_KEY, None)] {
                 for _ in 0..3 {
                     store.insert_key(&team, &ApiKey::random(), name, by).await.expect("a key");
                 }
             }
-            store.keep_newest_keys(&team, &user, "cli", 1).await.expect("removed");
-            let keys = store.keys_of(&team).await.expect("a list");
-            let of_cli = keys.iter().filter(|key| key.name == "cli" && key.created_by.is_some());
-            assert_eq!((keys.len(), of_cli.count()), (7, 1));
+            let of_cli = async || {
+                let keys = store.keys_of(&team).await.expect("a list");
+                let own = keys.iter().filter(|key| key.name == CLI_KEY && key.created_by.is_some());
+                (keys.len(), own.count())
+            };
+            assert_eq!(store.keep_newest_keys(&team, &user, 1).await.expect("removed"), 2);
+            assert_eq!(of_cli().await, (7, 1));
+            // What was made by name stays; what the user's command line has ends with them.
+            store.put_member(&team, &user, false).await.expect("a member");
+            assert!(store.remove_member(&team, &user).await.expect("removed"));
+            assert_eq!(of_cli().await, (6, 0));
+            store.insert_key(&team, &ApiKey::random(), CLI_KEY, Some(&user)).await.expect("a key");
+            assert!(store.delete_user(&user).await.expect("removed"));
+            assert_eq!(of_cli().await, (6, 0));
             store.close().await;
         })
         .await;

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 
 use belljar_domain::{ExecutionId, MiB, SandboxId, UnixMillis, Vcpus};
 
+use tracing::warn;
+
 use super::events::Recorder;
 use super::{Store, StoreError, Tx, corrupt, during, on_pool, on_tx};
 use crate::event::{Event, Run};
@@ -76,7 +78,13 @@ impl Store {
             .await
             .map_err(during("list running sandboxes"))?
         });
-        rows.into_iter().map(RunRow::try_from).collect()
+        // One damaged row must not keep all the others from being followed.
+        let readable = rows.into_iter().filter_map(|row| {
+            RunRow::try_from(row)
+                .inspect_err(|e| warn!(error = %e, "a stored run is passed over"))
+                .ok()
+        });
+        Ok(readable.collect())
     }
 
     /// How often each template was used, by template id, runs that were pruned included.
@@ -218,7 +226,8 @@ async fn write_end(
     })
 }
 
-/// Says whether the run was not there.
+/// Says whether the run was not there. One whose team is gone is not written: a row that cannot be
+/// would take the changes of other teams with it that are written together.
 async fn write_start(tx: &mut Tx, sandbox: &Sandbox) -> Result<bool, sqlx::Error> {
     let metadata =
         serde_json::to_string(&sandbox.metadata).expect("a map of strings has a JSON form");
@@ -227,7 +236,8 @@ async fn write_start(tx: &mut Tx, sandbox: &Sandbox) -> Result<bool, sqlx::Error
             "INSERT INTO sandboxes (execution_id, sandbox_id, team_id, template_id, build_id, \
              alias, metadata, secure, allow_internet, started_at_ms, end_at_ms, vcpus, \
              memory_mib, disk_mib) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) \
+             SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14 \
+             WHERE EXISTS (SELECT 1 FROM teams WHERE id = $3) \
              ON CONFLICT (execution_id) DO NOTHING",
         )
         .bind(sandbox.execution.as_str())

@@ -3,6 +3,7 @@
 use belljar_daemon::clock;
 use belljar_domain::{Kind, UnixMillis};
 
+use super::credentials::CLI_KEY;
 use super::teams::{StoredTeam, TeamRecord, team_columns};
 use super::{Store, StoreError, corrupt, during, on_pool, on_tx};
 use crate::team::{Team, TeamId, UserId};
@@ -176,17 +177,26 @@ impl Store {
         Ok(UserRecord { id, email: email.to_owned(), identities, created_at: now })
     }
 
-    /// Removes a user with their tokens and memberships; false when there is none. Keys they made
-    /// stay with their teams.
+    /// Removes a user with their tokens, memberships and the keys of their command line; false when
+    /// there is none. Keys they made by name stay with their teams.
     pub(crate) async fn delete_user(&self, id: &UserId) -> Result<bool, StoreError> {
-        let removed = on_pool!(self, pool => {
+        const WHAT: &str = "remove a user";
+        let mut tx = self.begin(WHAT).await?;
+        let removed = on_tx!(&mut tx, connection => {
+            sqlx::query("DELETE FROM api_keys WHERE created_by = $1 AND name = $2")
+                .bind(id.to_string())
+                .bind(CLI_KEY)
+                .execute(&mut *connection)
+                .await
+                .map_err(during(WHAT))?;
             sqlx::query("DELETE FROM users WHERE id = $1")
                 .bind(id.to_string())
-                .execute(pool)
+                .execute(&mut *connection)
                 .await
-                .map_err(during("remove a user"))?
+                .map_err(during(WHAT))?
                 .rows_affected()
         });
+        tx.commit(WHAT).await?;
         Ok(removed > 0)
     }
 
@@ -297,21 +307,32 @@ impl Store {
         Ok(MemberRecord { user: record.id, email: record.email, is_default })
     }
 
-    /// Ends a membership; false when there is none.
+    /// Ends a membership, and with it the keys the user's command line was given for the team; false
+    /// when there is none.
     pub(crate) async fn remove_member(
         &self,
         team: &TeamId,
         user: &UserId,
     ) -> Result<bool, StoreError> {
-        let removed = on_pool!(self, pool => {
+        const WHAT: &str = "remove a member";
+        let mut tx = self.begin(WHAT).await?;
+        let removed = on_tx!(&mut tx, connection => {
+            sqlx::query("DELETE FROM api_keys WHERE team_id = $1 AND created_by = $2 AND name = $3")
+                .bind(team.to_string())
+                .bind(user.to_string())
+                .bind(CLI_KEY)
+                .execute(&mut *connection)
+                .await
+                .map_err(during(WHAT))?;
             sqlx::query("DELETE FROM memberships WHERE team_id = $1 AND user_id = $2")
                 .bind(team.to_string())
                 .bind(user.to_string())
-                .execute(pool)
+                .execute(&mut *connection)
                 .await
-                .map_err(during("remove a member"))?
+                .map_err(during(WHAT))?
                 .rows_affected()
         });
+        tx.commit(WHAT).await?;
         Ok(removed > 0)
     }
 }

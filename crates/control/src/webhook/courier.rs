@@ -87,7 +87,11 @@ impl Courier {
             let Some(last) = page.last() else { return Ok(()) };
             after.clone_from(&last.webhook);
             for waiting in &page {
-                self.serve(waiting).await?;
+                // The trouble of one webhook is not that of those after it.
+                if let Err(e) = self.serve(waiting).await {
+                    let reason = std::error::Error::source(&e).map(ToString::to_string);
+                    debug!(webhook = waiting.webhook, error = %e, reason, "nothing was taken");
+                }
             }
         }
     }

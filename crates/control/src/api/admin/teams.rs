@@ -1,6 +1,7 @@
 //! Teams, as the operator keeps them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json as JsonAnswer;
 use axum::extract::State;
@@ -26,6 +27,8 @@ use crate::team::TeamId;
 const MAX_RANGES: usize = 256;
 /// What callers are told of a team that was blocked without a reason.
 const NO_REASON: &str = "ask who runs this server";
+/// How long a removal waits for what is on its way to the store.
+const SETTLE: Duration = Duration::from_secs(10);
 
 type Answer = Result<Response, ApiError>;
 
@@ -142,6 +145,8 @@ async fn remove(app: &App, team: &TeamId) -> Result<(), ApiError> {
         let running = u64::try_from(running).unwrap_or(u64::MAX);
         return Err(TeamError::HasSandboxes { running }.into());
     }
+    // What is known of its last sandboxes is written before there is no team to write it for.
+    app.writer.settled(SETTLE).await;
     Ok(app.store.delete_team(team).await?)
 }
 

@@ -26,6 +26,8 @@ use crate::preset::Local;
 use crate::server_file::{Server, write_private};
 use crate::stop::StopSignals;
 
+/// How long the connection of a control plane that was killed may take to be noticed.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(10);
 /// How long open requests get.
 const REQUESTS_GRACE: Duration = Duration::from_secs(5);
 
@@ -188,6 +190,7 @@ async fn start_control(
     let (local, options) = (parts.local, parts.options);
     let database = options.database.clone().unwrap_or_else(|| Database::Sqlite(local.database()));
     let store = Store::connect(&database).await.context("failed to open the database")?;
+    let claim = store.claim(CLAIM_PATIENCE).await.context("failed to start on the database")?;
     let api_key = team_key(local, &store).await?;
     let config = options.platform.apply(belljar_control::Config {
         max_sandbox_length: Duration::from_secs(u64::from(options.timeout_hours_max) * 3600),
@@ -208,6 +211,7 @@ async fn start_control(
     let inner = scope.clone();
     scope.spawn_shielded("control", OnError::FailScope, async move {
         let outcome = belljar_control::serve(config, deps, listener, inner).await;
+        drop(claim);
         store.close().await;
         outcome
     });

@@ -61,5 +61,5 @@ pub use oidc::{OidcIssuer, OidcIssuerError};
 pub use rates::{Rate, RateError, Rates};
 pub use route::{Route, RouteSink};
 pub use serve::{ServeError, serve};
-pub use store::{Database, DatabaseError, Store, StoreError};
+pub use store::{Claim, Database, DatabaseError, Store, StoreError};
 pub use team::{CredentialId, Team, TeamId, UserId};

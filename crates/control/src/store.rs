@@ -22,6 +22,7 @@ mod webhooks;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use belljar_domain::Kind;
 use tokio::sync::Notify;
@@ -29,7 +30,7 @@ use tokio::sync::Notify;
 use crate::token::TokenSeed;
 
 pub(crate) use credentials::{CLI_KEY, CredentialRecord, Used};
-pub use database::{Database, DatabaseError};
+pub use database::{Claim, Database, DatabaseError};
 pub(crate) use database::{Pool, Tx, on_pool, on_tx};
 pub(crate) use deliveries::{DeliveriesWanted, Delivery, Taken, Waiting};
 pub(crate) use events::EventsWanted;
@@ -90,6 +91,9 @@ pub enum StoreError {
         #[source]
         source: sqlx::Error,
     },
+    /// Another control plane works with the database.
+    #[error("take the database: another control plane has it; stop that one, or name another")]
+    InUse,
     /// A stored value is not what this program writes.
     #[error("read {what} from the database: {value:?} is not valid")]
     Corrupt {
@@ -112,6 +116,7 @@ impl StoreError {
     /// What a caller should do about it.
     pub fn kind(&self) -> Kind {
         match self {
+            StoreError::InUse => Kind::Conflict,
             StoreError::File { .. } | StoreError::Open { .. } | StoreError::Query { .. } => {
                 Kind::Unavailable
             }
@@ -144,6 +149,15 @@ impl Store {
     /// [`StoreError`] when the database cannot be made or reached, or was written by a newer version.
     pub async fn connect(database: &Database) -> Result<Store, StoreError> {
         Ok(Store { pool: Pool::open(database).await?, due: Arc::default() })
+    }
+
+    /// Keeps other control planes off the database for as long as the answer lives: two of them over
+    /// different nodes would end each other's runs. Waits `patience` for one that is going.
+    ///
+    /// # Errors
+    /// [`StoreError::InUse`] when another one has it; others when the database fails.
+    pub async fn claim(&self, patience: Duration) -> Result<Claim, StoreError> {
+        self.pool.claim(patience).await
     }
 
     /// Closes every connection and waits for it. Clones are unusable afterwards.
@@ -217,6 +231,20 @@ mod tests {
             store.close().await;
         })
         .await;
+    }
+
+    #[tokio::test]
+    async fn a_shared_database_has_one_control_plane() {
+        let Some(bench) = Bench::postgres() else { return };
+        let (store, other) = (bench.store().await, bench.store().await);
+        let claim = store.claim(Duration::ZERO).await.expect("nobody has it");
+        let refused = other.claim(Duration::ZERO).await.expect_err("it is taken");
+        assert!(matches!(refused, StoreError::InUse), "{refused:?}");
+        drop(claim);
+        let claim = other.claim(Duration::from_secs(20)).await.expect("it is free again");
+        drop(claim);
+        store.close().await;
+        other.close().await;
     }
 
     #[tokio::test]

@@ -12,11 +12,12 @@ use std::time::Duration;
 
 use belljar_domain::Secret;
 use sqlx::migrate::Migrator;
-use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
 use sqlx::{Connection as _, Postgres, Sqlite, Transaction};
+use tokio::time::Instant;
 
 use super::{StoreError, during};
 
@@ -31,6 +32,10 @@ const POSTGRES_CONNECTIONS: u32 = 16;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest a statement may run on PostgreSQL, in its own spelling; none here reads much.
 const POSTGRES_STATEMENT_TIMEOUT: (&str, &str) = ("statement_timeout", "30s");
+
+/// The advisory lock of the one control plane; any number nobody else uses.
+const CLAIM_LOCK: i64 = 0x0062_656c_6c6a_6172;
+const CLAIM_RETRY: Duration = Duration::from_millis(100);
 
 /// Runs one body with the pool of whichever database it is.
 macro_rules! on_pool {
@@ -120,6 +125,13 @@ pub(crate) enum Pool {
     Postgres(PgPool),
 }
 
+/// The place of the one control plane of a database, for as long as it lives.
+#[derive(Debug)]
+pub struct Claim {
+    /// PostgreSQL gives the lock back with the connection, however the process ends.
+    _held: Option<PgConnection>,
+}
+
 /// An open transaction. Dropping it undoes what was written.
 #[derive(Debug)]
 pub(crate) enum Tx {
@@ -161,6 +173,29 @@ impl Pool {
             Pool::Postgres(pool) => pool.begin().await.map(Tx::Postgres),
         }
         .map_err(during(what))
+    }
+
+    /// Takes the place of the one control plane of a PostgreSQL database, waiting `patience` for the
+    /// connection of one that has just died. A file has the lock of its data folder instead.
+    pub(super) async fn claim(&self, patience: Duration) -> Result<Claim, StoreError> {
+        const WHAT: &str = "look for another control plane";
+        let Pool::Postgres(pool) = self else { return Ok(Claim { _held: None }) };
+        let mut connection = pool.acquire().await.map_err(during(WHAT))?.detach();
+        let deadline = Instant::now() + patience;
+        loop {
+            let is_ours: bool = sqlx::query_scalar("SELECT pg_try_advisory_lock($1)")
+                .bind(CLAIM_LOCK)
+                .fetch_one(&mut connection)
+                .await
+                .map_err(during(WHAT))?;
+            if is_ours {
+                return Ok(Claim { _held: Some(connection) });
+            }
+            if Instant::now() > deadline {
+                return Err(StoreError::InUse);
+            }
+            tokio::time::sleep(CLAIM_RETRY).await;
+        }
     }
 
     pub(super) async fn close(&self) {

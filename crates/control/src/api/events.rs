@@ -25,6 +25,8 @@ use crate::store::EventsWanted;
 const SETTLE: Duration = Duration::from_secs(2);
 const DEFAULT_LIMIT: u32 = 10;
 const MAX_LIMIT: u32 = 100;
+/// What the document can say of a 32-bit number.
+const MAX_OFFSET: u32 = i32::MAX.unsigned_abs();
 
 type Answer = Result<Response, ApiError>;
 
@@ -32,7 +34,7 @@ type Answer = Result<Response, ApiError>;
 #[utoipa::path(
     get, path = "/events/sandboxes", tag = "events",
     params(
-        ("offset" = Option<u32>, Query, description = "Items to skip; absent: 0", minimum = 0),
+        ("offset" = Option<u32>, Query, description = "Items to skip; absent: 0", minimum = 0, maximum = 2147483647),
         ("limit" = Option<u32>, Query, description = "Items; absent: 10", minimum = 1, maximum = 100),
         ("orderAsc" = Option<bool>, Query, description = "Oldest first; absent: false"),
         ("types" = inline(Option<Vec<EventType>>), Query, description = "Only these types; may be repeated"),
@@ -54,7 +56,7 @@ pub(crate) async fn list(
     get, path = "/events/sandboxes/{id}", tag = "events",
     params(
         Named,
-        ("offset" = Option<u32>, Query, description = "Items to skip; absent: 0", minimum = 0),
+        ("offset" = Option<u32>, Query, description = "Items to skip; absent: 0", minimum = 0, maximum = 2147483647),
         ("limit" = Option<u32>, Query, description = "Items; absent: 10", minimum = 1, maximum = 100),
         ("orderAsc" = Option<bool>, Query, description = "Oldest first; absent: false"),
         ("types" = inline(Option<Vec<EventType>>), Query, description = "Only these types; may be repeated"),
@@ -135,7 +137,7 @@ impl Page {
             }
         };
         Ok(Page {
-            offset: number(query, "offset", 0, 0, u32::MAX)?,
+            offset: number(query, "offset", 0, 0, MAX_OFFSET)?,
             limit: number(query, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)?,
             oldest_first,
         })

@@ -174,7 +174,7 @@ pub(crate) async fn remove(
     params(
         ("id" = String, Path, description = "The webhook"),
         ("state" = inline(Option<DeliveryState>), Query, description = "Only these; `dead` is what was given up"),
-        ("offset" = Option<u32>, Query, description = "Items to skip; absent: 0", minimum = 0),
+        ("offset" = Option<u32>, Query, description = "Items to skip; absent: 0", minimum = 0, maximum = 2147483647),
         ("limit" = Option<u32>, Query, description = "Items; absent: 10", minimum = 1, maximum = 100),
         ("orderAsc" = Option<bool>, Query, description = "Oldest first; absent: false"),
     ),

@@ -28,7 +28,9 @@ use crate::stop::StopSignals;
 
 /// How long the connection of a control plane that was killed may take to be noticed.
 const CLAIM_PATIENCE: Duration = Duration::from_secs(10);
-/// How long open requests get.
+/// How long the services get: 10 s for open requests, 10 more for what they changed to be written.
+const SERVICES_GRACE: Duration = Duration::from_secs(25);
+/// How long open calls of the node get.
 const REQUESTS_GRACE: Duration = Duration::from_secs(5);
 
 /// What a server whose sandboxes run elsewhere says of how they are isolated.
@@ -139,7 +141,9 @@ async fn serve(
     }
     let failed = services.is_cancelled() || node.is_cancelled();
     let in_order = async {
-        services.close(REQUESTS_GRACE).await;
+        if !services.close(SERVICES_GRACE).await {
+            tracing::warn!("a service did not end in time; the store may lack the last changes");
+        }
         if let Some(host) = parts.host {
             host.sandboxes.close(SANDBOXES_GRACE).await;
         }

@@ -79,7 +79,7 @@ fn start(
     let mut command = command::tied(program);
     command.env("BELLJAR_RUNTIME", "fake");
     // The benchmark is one caller at full speed, which is what the rates are there to refuse.
-    command.env("BELLJAR_API_RATE_TEAM", "off").env("BELLJAR_API_RATE_ADDRESS", "off");
+    command.env("BELLJAR_TEAM_RATE", "off").env("BELLJAR_ADDRESS_RATE", "off");
     // Room for what the concurrent part holds besides.
     command.env("BELLJAR_SANDBOXES_MAX", (live + 200).to_string());
     if let Some(database) = database {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use axum::Extension;
 use axum::Json as JsonAnswer;
-use axum::extract::{RawQuery, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use belljar_daemon::clock;
 use belljar_wire::rest::{self, EventType};
@@ -44,9 +44,9 @@ type Answer = Result<Response, ApiError>;
 pub(crate) async fn list(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
-    RawQuery(query): RawQuery,
+    query: Query,
 ) -> Answer {
-    let wanted = wanted(&Query::parse(query.as_deref())?)?;
+    let wanted = wanted(&query)?;
     app.writer.settled(SETTLE).await;
     Ok(shown(&app.store.events(&team.id, &wanted).await?))
 }
@@ -70,12 +70,9 @@ pub(crate) async fn list_of_sandbox(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
     named: Named,
-    RawQuery(query): RawQuery,
+    query: Query,
 ) -> Answer {
-    let wanted = EventsWanted {
-        sandbox: Some(named.id.clone()),
-        ..wanted(&Query::parse(query.as_deref())?)?
-    };
+    let wanted = EventsWanted { sandbox: Some(named.id.clone()), ..wanted(&query)? };
     app.writer.settled(SETTLE).await;
     let events = app.store.events(&team.id, &wanted).await?;
     // Nothing on this page, or nothing at all. What lives has an event, wherever it is.

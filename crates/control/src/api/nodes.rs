@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::Json as JsonAnswer;
-use axum::extract::{RawQuery, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use belljar_domain::Kind;
 use belljar_wire::rest;
@@ -26,8 +26,7 @@ type Answer = Result<Response, ApiError>;
     params(("clusterID" = Option<String>, Query, description = "Only those of this cluster")),
     responses((status = 200, description = "All", body = Vec<rest::Node>)),
 )]
-pub(crate) async fn list(State(app): State<Arc<App>>, RawQuery(query): RawQuery) -> Answer {
-    let query = Query::parse(query.as_deref())?;
+pub(crate) async fn list(State(app): State<Arc<App>>, query: Query) -> Answer {
     if query.get("clusterID").is_some_and(|cluster| cluster != CLUSTER) {
         return Ok(JsonAnswer(Vec::<rest::Node>::new()).into_response());
     }

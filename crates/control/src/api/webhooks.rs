@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::Extension;
 use axum::Json as JsonAnswer;
-use axum::extract::{FromRequestParts, RawPathParams, RawQuery, State};
+use axum::extract::{FromRequestParts, RawPathParams, State};
 use axum::response::{IntoResponse, Response};
 use belljar_daemon::clock;
 use belljar_domain::Kind;
@@ -187,9 +187,8 @@ pub(crate) async fn deliveries(
     State(app): State<Arc<App>>,
     Extension(team): Caller,
     named: Named,
-    RawQuery(query): RawQuery,
+    query: Query,
 ) -> Answer {
-    let query = Query::parse(query.as_deref())?;
     let page = Page::from_query(&query)?;
     let state = query.get("state").map(|word| {
         DeliveryState::parse(word).ok_or_else(|| {

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use rand::RngExt as _;
 
@@ -32,7 +33,8 @@ macro_rules! text_id {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub struct $name(String);
+        // Shared, because one id is the key of many tables: a clone costs no memory.
+        pub struct $name(Arc<str>);
 
         impl $name {
             /// The text form.
@@ -72,7 +74,7 @@ const ID_MAX_BYTES: usize = 64;
 impl SandboxId {
     /// A new random id.
     pub fn random() -> Self {
-        SandboxId(format!("i{}", random_text()))
+        SandboxId(format!("i{}", random_text()).into())
     }
 }
 
@@ -88,14 +90,14 @@ impl FromStr for SandboxId {
         if !is_lower_alphanumeric(id) {
             return Err(IdError { what: "sandbox", reason: "only a-z and 0-9 are allowed" });
         }
-        Ok(SandboxId(id.to_owned()))
+        Ok(SandboxId(id.into()))
     }
 }
 
 impl TemplateId {
     /// A new random id.
     pub fn random() -> Self {
-        TemplateId(random_text())
+        TemplateId(random_text().into())
     }
 }
 
@@ -109,8 +111,13 @@ impl FromStr for TemplateId {
         if !is_lower_alphanumeric(text) {
             return Err(IdError { what: "template", reason: "only a-z and 0-9 are allowed" });
         }
-        Ok(TemplateId(text.to_owned()))
+        Ok(TemplateId(text.into()))
     }
+}
+
+fn hyphenated(id: uuid::Uuid) -> Arc<str> {
+    let mut text = uuid::Uuid::encode_buffer();
+    Arc::from(&*id.hyphenated().encode_lower(&mut text))
 }
 
 macro_rules! uuid_id {
@@ -118,7 +125,7 @@ macro_rules! uuid_id {
         impl $name {
             /// A new random id.
             pub fn random() -> Self {
-                $name(uuid::Uuid::new_v4().to_string())
+                $name(hyphenated(uuid::Uuid::new_v4()))
             }
         }
 
@@ -128,7 +135,7 @@ macro_rules! uuid_id {
             fn from_str(text: &str) -> Result<Self, IdError> {
                 let id = uuid::Uuid::try_parse(text)
                     .map_err(|_| IdError { what: $what, reason: "it is not a UUID" })?;
-                Ok($name(id.to_string()))
+                Ok($name(hyphenated(id)))
             }
         }
     };

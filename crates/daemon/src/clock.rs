@@ -10,7 +10,7 @@ use rustix::time::{
     timerfd_settime,
 };
 use tokio::io::unix::AsyncFd;
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::scope::{OnError, Scope};
@@ -33,8 +33,8 @@ pub struct Clock {
 #[derive(Debug)]
 struct Inner {
     hands: Hands,
-    /// Changes when the clock is set.
-    set: watch::Sender<()>,
+    /// Told when the clock is set.
+    set: Notify,
 }
 
 #[derive(Debug)]
@@ -61,7 +61,7 @@ impl Clock {
             loop {
                 clock_was_set(&timer).await?;
                 tracing::warn!(now_unix_ms = now().0, "the wall clock was set");
-                watched.inner.set.send_replace(());
+                watched.inner.set.notify_waiters();
             }
             #[expect(unreachable_code, reason = "names the type of the error above")]
             Ok::<(), io::Error>(())
@@ -75,7 +75,7 @@ impl Clock {
     }
 
     fn new(hands: Hands) -> Clock {
-        Clock { inner: Arc::new(Inner { hands, set: watch::Sender::new(()) }) }
+        Clock { inner: Arc::new(Inner { hands, set: Notify::new() }) }
     }
 
     /// What it shows.
@@ -93,26 +93,22 @@ impl Clock {
     pub fn set(&self, to: UnixMillis) {
         if let Hands::ByHand(hands) = &self.inner.hands {
             *hands.lock().unwrap_or_else(PoisonError::into_inner) = (to, Instant::now());
-            self.inner.set.send_replace(());
+            self.inner.set.notify_waiters();
         }
     }
 
     /// Ends when the clock shows `at`, at most a few milliseconds later, also when it is set
     /// meanwhile. Cancel-safe.
     pub async fn until(&self, at: UnixMillis) {
-        let mut set = self.inner.set.subscribe();
         loop {
-            // Marked before the clock is read: a setting in between ends the wait below.
-            set.borrow_and_update();
+            // Made before the clock is read: a setting in between ends the wait below.
+            let set = self.inner.set.notified();
             let left = at.since(self.now());
             if left.is_zero() {
                 return;
             }
-            tokio::select! {
-                () = tokio::time::sleep(left) => {}
-                // The sender lives in `self`, so this is never an error.
-                _ = set.changed() => {}
-            }
+            // Either way the clock is read again.
+            let _was_set = tokio::time::timeout(left, set).await.is_ok();
         }
     }
 }

@@ -7,6 +7,8 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt as _;
+use tokio_util::future::FutureExt as _;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, error, info_span, warn};
@@ -57,38 +59,52 @@ impl Scope {
         E: Display + Send + 'static,
     {
         let cancel = self.inner.cancel.clone();
-        let task = Box::pin(task);
-        self.spawn_shielded(name, on_error, async move {
-            tokio::select! {
-                () = cancel.cancelled() => Ok(()),
-                outcome = task => outcome,
-            }
-        });
+        let task = self.heard(name, on_error, task).with_cancellation_token_owned(cancel);
+        self.launch(name, task);
     }
 
     /// Spawns a task that runs to its end even when the scope is cancelled: state changes and
     /// teardown. It must be bounded in time and watch [`Scope::cancelled`] itself where it waits.
-    #[expect(clippy::disallowed_methods, reason = "this is the place the ban points at")]
     pub fn spawn_shielded<F, E>(&self, name: &'static str, on_error: OnError, task: F)
     where
         F: Future<Output = Result<(), E>> + Send + 'static,
         E: Display + Send + 'static,
     {
+        self.launch(name, self.heard(name, on_error, task));
+    }
+
+    /// The task with its error heard. It and what else is put around a task holds it in place: one
+    /// async block in another would lay it out once more each, and there are many tasks.
+    fn heard<F, E>(
+        &self,
+        name: &'static str,
+        on_error: OnError,
+        task: F,
+    ) -> impl Future<Output = ()> + Send + 'static
+    where
+        F: Future<Output = Result<(), E>> + Send + 'static,
+        E: Display + Send + 'static,
+    {
         let scope = self.clone();
-        // On the heap by itself: a future that is handed on is laid out once more at each step, and
-        // there are many tasks.
-        let task = Box::pin(task);
-        let tracked = self.inner.tasks.track_future(async move {
-            if let Err(e) = task.await {
-                match on_error {
-                    OnError::Log => warn!(task = name, error = %e, "task failed"),
-                    OnError::FailScope => {
-                        error!(task = name, error = %e, "task failed; its scope ends");
-                        scope.inner.cancel.cancel();
-                    }
+        task.map(move |outcome| {
+            let Err(e) = outcome else { return };
+            match on_error {
+                OnError::Log => warn!(task = name, error = %e, "task failed"),
+                OnError::FailScope => {
+                    error!(task = name, error = %e, "task failed; its scope ends");
+                    scope.inner.cancel.cancel();
                 }
             }
-        });
+        })
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "this is the place the ban points at")]
+    fn launch<T: Send + 'static>(
+        &self,
+        name: &'static str,
+        task: impl Future<Output = T> + Send + 'static,
+    ) {
+        let tracked = self.inner.tasks.track_future(task.map(drop));
         drop(tokio::spawn(tracked.instrument(info_span!("task", name))));
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use belljar_domain::Kind;
 use belljar_wire::guest::{self, FROM_GUEST_LINE_MAX_BYTES, FromGuest, Init, LineError, ToGuest};
-use tokio::io::{AsyncWriteExt as _, ReadHalf, WriteHalf};
+use tokio::io::AsyncWriteExt as _;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::lines::Lines;
@@ -22,9 +22,8 @@ const BYTES_PER_SECOND: u64 = 2 * 1024 * 1024;
 
 /// Talks to the guest daemon over a [`ControlStream`].
 pub struct GuestControl {
-    incoming: Lines<ReadHalf<ControlStream>>,
+    incoming: Lines<ControlStream>,
     pace: Pace,
-    outgoing: WriteHalf<ControlStream>,
 }
 
 /// Why the guest did not do what it was told.
@@ -79,9 +78,8 @@ impl ControlError {
 impl GuestControl {
     /// Takes over a machine's control stream.
     pub fn new(stream: ControlStream) -> GuestControl {
-        let (incoming, outgoing) = tokio::io::split(stream);
-        let incoming = Lines::new(incoming, FROM_GUEST_LINE_MAX_BYTES);
-        GuestControl { incoming, pace: Pace::new(), outgoing }
+        let incoming = Lines::new(stream, FROM_GUEST_LINE_MAX_BYTES);
+        GuestControl { incoming, pace: Pace::new() }
     }
 
     /// The guest's next message. Waits longer for a guest that says too much. Cancel-safe.
@@ -90,7 +88,11 @@ impl GuestControl {
     /// [`ControlError`]; after anything but a time-out the channel is of no more use.
     pub async fn receive(&mut self) -> Result<FromGuest, ControlError> {
         loop {
-            sleep_until(self.pace.next_at()).await;
+            let next_at = self.pace.next_at();
+            if next_at > Instant::now() {
+                // On the heap, because few guests ever say too much and all of them are heard.
+                Box::pin(sleep_until(next_at)).await;
+            }
             let line = match self.incoming.next().await {
                 Ok(Some(line)) => line,
                 Ok(None) => return Err(ControlError::Closed),
@@ -110,8 +112,9 @@ impl GuestControl {
     pub async fn send(&mut self, message: &ToGuest, limit: Duration) -> Result<(), ControlError> {
         let line = guest::encode(message);
         let writing = async {
-            self.outgoing.write_all(&line).await?;
-            self.outgoing.flush().await
+            let guest = self.incoming.peer();
+            guest.write_all(&line).await?;
+            guest.flush().await
         };
         match tokio::time::timeout(limit, writing).await {
             Ok(Ok(())) => Ok(()),

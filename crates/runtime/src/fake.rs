@@ -1,6 +1,6 @@
 //! A driver without machines: for tests of everything above it, on any host, without root.
 //!
-//! A fake machine is a few tasks. Its guest speaks the control channel as the real daemon does
+//! A fake machine is a task, and one more for each connection to its guest. Its guest speaks the control channel as the real daemon does
 //! and, given a network slot, answers HTTP on the daemon's port; a frozen one is silent. Files are
 //! written and asked for as the real driver does. [`Faults`] break any step on purpose.
 
@@ -35,7 +35,7 @@ pub struct FakeRuntime {
 }
 
 /// The machines that live, by name.
-type Machines = Arc<Mutex<HashMap<String, Arc<Body>>>>;
+type Machines = Arc<Mutex<HashMap<Arc<str>, Arc<Body>>>>;
 
 impl FakeRuntime {
     /// A driver that does what it is told.
@@ -63,17 +63,16 @@ impl FakeRuntime {
         saving_to: Option<(SavedFiles, Shape)>,
     ) -> Result<Box<dyn Machine>, StartError> {
         let cold = saving_to.is_some();
-        let body = Arc::new(Body::new(&spec.name));
+        let body = Arc::new(Body::new(&spec.name, Arc::clone(&self.faults)));
         {
             let mut machines = self.machines.lock().unwrap_or_else(PoisonError::into_inner);
-            if machines.contains_key(&spec.name) {
+            if machines.contains_key(&body.name) {
                 let source = io::ErrorKind::AlreadyExists.into();
                 return Err(StartError::Io { step: "start a machine under a used name", source });
             }
-            machines.insert(spec.name.clone(), Arc::clone(&body));
+            machines.insert(Arc::clone(&body.name), Arc::clone(&body));
         }
-        let faults = Arc::clone(&self.faults);
-        let machine = FakeMachine::new(body, faults, Arc::clone(&self.machines), saving_to);
+        let machine = FakeMachine::new(body, Arc::clone(&self.machines), saving_to);
         // From here on an early return drops the machine, which ends it.
         let machine = machine.bring_up(spec, cold).await?;
         Ok(Box::new(machine))

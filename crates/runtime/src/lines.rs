@@ -26,6 +26,11 @@ impl<R: AsyncRead + Unpin> Lines<R> {
         Lines { input, pending: Vec::new(), searched: 0, max_bytes }
     }
 
+    /// Whoever sends the lines, for answers to them.
+    pub(crate) fn peer(&mut self) -> &mut R {
+        &mut self.input
+    }
+
     /// The next line without its line feed; `None` at the end of the input, where an unfinished
     /// line is dropped. Cancel-safe.
     ///

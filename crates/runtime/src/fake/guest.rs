@@ -1,19 +1,22 @@
 //! The fake guest: control channel and a little HTTP.
 
 use std::convert::Infallible;
+use std::future::poll_fn;
 use std::io;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use belljar_daemon::OnError;
 use belljar_wire::ENVD_VERSION;
-use belljar_wire::guest::{self, FromGuest, LINE_MAX_BYTES, LogEvent, LogLevel, LogLine, ToGuest};
+use belljar_wire::guest::{
+    self, FromGuest, Init, LINE_MAX_BYTES, LogEvent, LogLevel, LogLine, ToGuest,
+};
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tracing::warn;
 
-use super::faults::{Fault, Faults, Step};
-use super::machine::Body;
+use super::faults::{Fault, Step};
+use super::machine::{Body, Identity};
 use crate::lines::Lines;
 use crate::machine::ExitCause;
 
@@ -22,53 +25,69 @@ pub const HTTP_PORT: u16 = 49983;
 /// Longest request head, and longest body that is read away.
 const HEAD_MAX_BYTES: usize = 16 * 1024;
 const BODY_MAX_BYTES: usize = 16 * 1024 * 1024;
-const CONNECTIONS: usize = 64;
+/// Connections to one guest at the same time; more wait.
+pub(super) const CONNECTIONS: usize = 64;
 
-/// Speaks as the guest until the host closes the channel or the machine ends.
-pub(super) async fn speak(
+/// The life of a guest: its control channel and, with a listener, HTTP, until the machine ends. Its
+/// waits are what a machine costs while nothing happens, so what is rare in them is on the heap.
+pub(super) async fn live(
     stream: DuplexStream,
     cold: bool,
+    listener: Option<TcpListener>,
     body: Arc<Body>,
-    faults: Arc<Faults>,
 ) -> io::Result<()> {
-    let (incoming, mut outgoing) = tokio::io::split(stream);
-    let mut incoming = Lines::new(incoming, LINE_MAX_BYTES);
+    let serving = async {
+        if let Some(listener) = listener
+            && let Err(e) = serve(&listener, &body).await
+        {
+            warn!(machine = &*body.name, error = %e, "a fake guest serves no more");
+        }
+    };
+    tokio::join!(speak(Lines::new(stream, LINE_MAX_BYTES), cold, &body), serving).0
+}
+
+/// Speaks as the guest until the host closes the channel or the machine ends.
+async fn speak(mut host: Lines<DuplexStream>, cold: bool, body: &Body) -> io::Result<()> {
     if cold {
         let booted = FromGuest::Booted { envd_version: ENVD_VERSION.to_owned() };
-        if let Some(said) = tried(&faults, Step::GuestBoot, &body, 0, booted).await {
-            outgoing.write_all(&guest::encode(&said)).await?;
+        if let Some(said) = tried(body, Step::GuestBoot, 0, booted).await {
+            host.peer().write_all(&guest::encode(&said)).await?;
         }
     }
-    while let Some(line) = incoming.next().await? {
-        body.running().await;
-        let message = guest::decode(&line).map_err(io::Error::other)?;
-        let mut log = None;
-        let said = match message {
-            ToGuest::Init(init) => {
-                let nonce = init.nonce;
-                log = init.logs.then(|| greeting(&init.sandbox_id));
-                *body.identity.lock().unwrap_or_else(PoisonError::into_inner) = init;
-                let ready = FromGuest::Ready { nonce, envd_version: ENVD_VERSION.to_owned() };
-                tried(&faults, Step::GuestInit, &body, nonce, ready).await
-            }
-            ToGuest::PrepareSnapshot { nonce } => {
-                let prepared = FromGuest::Prepared { nonce };
-                tried(&faults, Step::GuestPrepare, &body, nonce, prepared).await
-            }
-            ToGuest::Shutdown => {
-                body.end(ExitCause::GuestStopped);
-                return Ok(());
-            }
-        };
-        if let Some(said) = said {
-            outgoing.write_all(&guest::encode(&said)).await?;
-            if let (FromGuest::Ready { .. }, Some(log)) = (said, log) {
-                outgoing.write_all(&guest::encode(&log)).await?;
-            }
-        }
+    while let Some(line) = host.next().await? {
+        Box::pin(obey(&line, host.peer(), body)).await?;
     }
     // The host may close its end and come back by a new machine only; the guest lives on.
-    body.scope.cancelled().await;
+    Ok(())
+}
+
+/// Does what one line says.
+async fn obey(line: &[u8], host: &mut DuplexStream, body: &Body) -> io::Result<()> {
+    body.running().await;
+    let message = guest::decode(line).map_err(io::Error::other)?;
+    let mut log = None;
+    let said = match message {
+        ToGuest::Init(init) => {
+            let Init { nonce, logs, sandbox_id, template_id, access_token, .. } = init;
+            log = logs.then(|| greeting(&sandbox_id));
+            body.become_guest(Identity { sandbox_id, template_id, access_token });
+            let ready = FromGuest::Ready { nonce, envd_version: ENVD_VERSION.to_owned() };
+            tried(body, Step::GuestInit, nonce, ready).await
+        }
+        ToGuest::PrepareSnapshot { nonce } => {
+            tried(body, Step::GuestPrepare, nonce, FromGuest::Prepared { nonce }).await
+        }
+        ToGuest::Shutdown => {
+            body.end(ExitCause::GuestStopped);
+            None
+        }
+    };
+    if let Some(said) = said {
+        host.write_all(&guest::encode(&said)).await?;
+        if let (FromGuest::Ready { .. }, Some(log)) = (said, log) {
+            host.write_all(&guest::encode(&log)).await?;
+        }
+    }
     Ok(())
 }
 
@@ -87,14 +106,8 @@ fn greeting(sandbox_id: &str) -> FromGuest {
 }
 
 /// What the guest says at `step`: `message`, a failure, or nothing.
-async fn tried(
-    faults: &Faults,
-    step: Step,
-    body: &Body,
-    nonce: u64,
-    message: FromGuest,
-) -> Option<FromGuest> {
-    match faults.reach(step).await {
+async fn tried(body: &Body, step: Step, nonce: u64, message: FromGuest) -> Option<FromGuest> {
+    match body.faults.reach(step).await {
         None => Some(message),
         Some(Fault::Fail) => Some(FromGuest::Failed { nonce, message: "injected".to_owned() }),
         Some(Fault::Hang) => None,
@@ -106,30 +119,42 @@ async fn tried(
 }
 
 /// Answers HTTP until the machine ends.
-pub(super) async fn serve(
-    listener: TcpListener,
-    body: Arc<Body>,
-    faults: Arc<Faults>,
-) -> io::Result<()> {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+async fn serve(listener: &TcpListener, body: &Arc<Body>) -> io::Result<()> {
     loop {
-        let place = Arc::clone(&places).acquire_owned().await.map_err(io::Error::other)?;
-        let (stream, _) = listener.accept().await?;
-        let (task_body, faults) = (Arc::clone(&body), Arc::clone(&faults));
+        let place = Place::take(body).await?;
+        // Polled by hand: a listener has room for one who waits, which costs nothing more.
+        let (stream, _) = poll_fn(|context| listener.poll_accept(context)).await?;
         body.scope.spawn("fake guest connection", OnError::Log, async move {
             // A broken request is the test's own doing and ends its connection only.
-            drop(converse(stream, &task_body, &faults).await);
-            drop(place);
+            drop(converse(stream, &place.body).await);
             Ok::<(), Infallible>(())
         });
     }
 }
 
-async fn converse(mut stream: TcpStream, body: &Body, faults: &Faults) -> io::Result<()> {
+/// A place for one connection, given back when it is dropped.
+struct Place {
+    body: Arc<Body>,
+}
+
+impl Place {
+    async fn take(body: &Arc<Body>) -> io::Result<Place> {
+        body.places.acquire().await.map_err(io::Error::other)?.forget();
+        Ok(Place { body: Arc::clone(body) })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.body.places.add_permits(1);
+    }
+}
+
+async fn converse(mut stream: TcpStream, body: &Body) -> io::Result<()> {
     let mut pending = Vec::new();
     while let Some(request) = read_request(&mut stream, &mut pending).await? {
         body.running().await;
-        match faults.reach(Step::GuestHttp).await {
+        match body.faults.reach(Step::GuestHttp).await {
             None => {}
             Some(Fault::Hang) => std::future::pending().await,
             Some(Fault::Fail) => {
@@ -150,7 +175,7 @@ async fn answer(stream: &mut TcpStream, body: &Body, request: &Request) -> io::R
     if request.method == "GET" && request.path == "/health" {
         return respond(stream, "204 No Content", "").await;
     }
-    let identity = body.identity.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let identity = body.identity();
     if identity.access_token.is_some() && identity.access_token != request.access_token {
         let refusal = json!({ "code": 401, "message": "unauthorized" }).to_string();
         return respond(stream, "401 Unauthorized", &refusal).await;

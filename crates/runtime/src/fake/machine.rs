@@ -1,14 +1,13 @@
 //! One fake machine: its life, and the tasks that are its guest.
 
 use std::fs;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use belljar_daemon::{OnError, Scope};
-use belljar_wire::guest::Init;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{Notify, Semaphore};
 
 use super::faults::{Fault, Faults, Step};
 use super::{Machines, STATE, guest};
@@ -19,42 +18,60 @@ use crate::saved::{self, SavedFiles, Shape};
 
 /// Bytes each way between a fake guest and its host. Both ends read as they come; more would only
 /// be memory that thousands of machines hold.
-const CONTROL_BYTES: usize = 512;
+const CONTROL_BYTES: usize = 64;
 /// The tasks only wait on channels and sockets, so they end at once.
 const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// What a machine and its tasks share.
 #[derive(Debug)]
 pub(super) struct Body {
-    pub(super) name: String,
+    pub(super) name: Arc<str>,
     pub(super) scope: Scope,
-    pub(super) identity: Mutex<Init>,
-    life: watch::Sender<Life>,
+    pub(super) faults: Arc<Faults>,
+    /// Places for connections to its guest.
+    pub(super) places: Semaphore,
+    // Held to look or to change, never across a wait.
+    life: Mutex<Life>,
+    /// Told when the machine is thawed.
+    thawed: Notify,
 }
 
 #[derive(Debug, Default)]
 struct Life {
     frozen: bool,
+    /// Set before the scope is cancelled.
     gone: Option<ExitCause>,
+    identity: Identity,
+}
+
+/// What a fake guest keeps of what it is told.
+#[derive(Debug, Default, Clone)]
+pub(super) struct Identity {
+    pub(super) sandbox_id: String,
+    pub(super) template_id: String,
+    pub(super) access_token: Option<String>,
 }
 
 impl Body {
-    pub(super) fn new(name: &str) -> Body {
+    pub(super) fn new(name: &str, faults: Arc<Faults>) -> Body {
         Body {
-            name: name.to_owned(),
+            name: name.into(),
             scope: Scope::root("fake machine"),
-            identity: Mutex::new(Init::default()),
-            life: watch::Sender::default(),
+            faults,
+            places: Semaphore::new(guest::CONNECTIONS),
+            life: Mutex::default(),
+            thawed: Notify::new(),
         }
+    }
+
+    fn life(&self) -> MutexGuard<'_, Life> {
+        // Every change is one assignment.
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends the machine; the first cause counts.
     pub(super) fn end(&self, cause: ExitCause) {
-        self.life.send_if_modified(|life| {
-            let first = life.gone.is_none();
-            life.gone.get_or_insert(cause);
-            first
-        });
+        self.life().gone.get_or_insert(cause);
         self.scope.cancel();
     }
 
@@ -65,66 +82,81 @@ impl Body {
 
     /// Waits while the machine is frozen. Cancel-safe.
     pub(super) async fn running(&self) {
-        // The sender lives in `self`, so this cannot fail.
-        drop(self.life.subscribe().wait_for(|life| !life.frozen).await);
+        loop {
+            // Made before the look: it hears of a thaw in between.
+            let thawed = self.thawed.notified();
+            if !self.life().frozen {
+                return;
+            }
+            thawed.await;
+        }
     }
 
     pub(super) fn crash(&self) {
         self.end(ExitCause::Crashed { detail: "injected".to_owned() });
     }
 
+    pub(super) fn become_guest(&self, identity: Identity) {
+        self.life().identity = identity;
+    }
+
+    pub(super) fn identity(&self) -> Identity {
+        self.life().identity.clone()
+    }
+
     fn freeze(&self, frozen: bool) {
-        self.life.send_modify(|life| life.frozen = frozen);
+        self.life().frozen = frozen;
+        if !frozen {
+            self.thawed.notify_waiters();
+        }
     }
 
     fn is_gone(&self) -> bool {
-        self.life.borrow().gone.is_some()
+        self.life().gone.is_some()
     }
 }
 
 /// The handle. Dropping it ends the machine.
 pub(super) struct FakeMachine {
     body: Arc<Body>,
-    faults: Arc<Faults>,
     machines: Machines,
     control: Option<ControlStream>,
-    /// `None` for a restored machine.
-    saving_to: Option<(SavedFiles, Shape)>,
+    /// `None` for a restored machine; on the heap, because all but a few are.
+    saving_to: Option<Box<(SavedFiles, Shape)>>,
 }
 
 impl FakeMachine {
     pub(super) fn new(
         body: Arc<Body>,
-        faults: Arc<Faults>,
         machines: Machines,
         saving_to: Option<(SavedFiles, Shape)>,
     ) -> FakeMachine {
-        FakeMachine { body, faults, machines, control: None, saving_to }
+        FakeMachine { body, machines, control: None, saving_to: saving_to.map(Box::new) }
     }
 
-    /// Starts the guest's tasks.
+    /// Starts the guest.
     pub(super) async fn bring_up(
         mut self,
         spec: &MachineSpec,
         cold: bool,
     ) -> Result<FakeMachine, StartError> {
-        if let Some(network) = &spec.network {
-            let address = (network.host_ip, guest::HTTP_PORT);
-            let listener = TcpListener::bind(address)
-                .await
-                .map_err(|source| StartError::Io { step: "listen as the guest", source })?;
-            let serving = guest::serve(listener, Arc::clone(&self.body), Arc::clone(&self.faults));
-            self.body.scope.spawn("fake guest http", OnError::Log, serving);
-        }
+        let listener = match &spec.network {
+            None => None,
+            Some(network) => {
+                let listener = TcpListener::bind((network.host_ip, guest::HTTP_PORT)).await;
+                let failed = |source| StartError::Io { step: "listen as the guest", source };
+                Some(listener.map_err(failed)?)
+            }
+        };
         let (ours, theirs) = tokio::io::duplex(CONTROL_BYTES);
-        let speaking = guest::speak(theirs, cold, Arc::clone(&self.body), Arc::clone(&self.faults));
-        self.body.scope.spawn("fake guest control", OnError::Log, speaking);
+        let living = guest::live(theirs, cold, listener, Arc::clone(&self.body));
+        self.body.scope.spawn("fake guest", OnError::Log, living);
         self.control = Some(Box::new(ours));
         Ok(self)
     }
 
     async fn run_state(&self, step: Step, frozen: bool) -> Result<(), PauseError> {
-        match self.faults.reach(step).await {
+        match self.body.faults.reach(step).await {
             None => {}
             Some(Fault::Hang) => std::future::pending().await,
             Some(Fault::Crash) => self.body.crash(),
@@ -163,8 +195,10 @@ impl Machine for FakeMachine {
     }
 
     async fn save(&mut self) -> Result<(), SaveError> {
-        let Some((files, shape)) = &self.saving_to else { return Err(SaveError::NotBooted) };
-        match self.faults.reach(Step::Save).await {
+        let Some((files, shape)) = self.saving_to.as_deref() else {
+            return Err(SaveError::NotBooted);
+        };
+        match self.body.faults.reach(Step::Save).await {
             None => {}
             Some(Fault::Hang) => std::future::pending().await,
             Some(Fault::Crash) => self.body.crash(),
@@ -182,13 +216,13 @@ impl Machine for FakeMachine {
     }
 
     async fn exited(&mut self) -> ExitCause {
-        let mut life = self.body.life.subscribe();
-        let cause = life.wait_for(|life| life.gone.is_some()).await.map(|life| life.gone.clone());
-        cause.ok().flatten().expect("the sender lives in the body, and waited until there is one")
+        self.body.scope.cancelled().await;
+        let cause = self.body.life().gone.clone();
+        cause.expect("the cause is set before the scope is cancelled")
     }
 
     async fn kill(&mut self) -> Result<(), KillError> {
-        let fault = self.faults.reach(Step::Kill).await;
+        let fault = self.body.faults.reach(Step::Kill).await;
         if fault == Some(Fault::Hang) {
             std::future::pending().await
         }
@@ -198,7 +232,7 @@ impl Machine for FakeMachine {
         self.forget();
         if fault.is_some() {
             return Err(KillError {
-                name: self.body.name.clone(),
+                name: self.body.name.to_string(),
                 what: "the machine",
                 reason: "injected".to_owned(),
             });

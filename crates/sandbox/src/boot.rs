@@ -8,13 +8,14 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use belljar_blockstore::{BaseImage, NbdServer, Overlay, SocketOwner};
 use belljar_daemon::fault::{Point, reach};
 use belljar_daemon::{Scope, Teardown, clock};
-use belljar_domain::{BuildId, Kind, SandboxId};
+use belljar_domain::{BuildId, Kind, SandboxId, UnixMillis};
 use belljar_network::{EgressPolicy, LeaseError};
 use belljar_runtime::control::{ControlError, GuestControl};
 use belljar_runtime::{DiskExport, Identity, Machine, MachineSpec, NetworkAttachment, StartError};
@@ -119,7 +120,7 @@ pub(crate) struct Booted {
     pub(crate) machine: Box<dyn Machine>,
     pub(crate) control: GuestControl,
     pub(crate) undo: Teardown,
-    pub(crate) info: Arc<SandboxInfo>,
+    pub(crate) info: SandboxInfo,
 }
 
 /// A template as the boot path needs it: its record, its folder and its opened base disk.
@@ -160,7 +161,7 @@ pub(crate) async fn boot(
 ) -> Result<Booted, CreateError> {
     let mut undo = Teardown::new(scope, settings.teardown_step_deadline);
     match acquire(deps, settings, ledger, template, request, &mut undo).await {
-        Ok((machine, control, info)) => Ok(Booted { machine, control, undo, info: Arc::new(info) }),
+        Ok((machine, control, info)) => Ok(Booted { machine, control, undo, info }),
         Err(e) => {
             // Failed steps are logged where they fail; the caller hears why the boot did.
             let _leaks = undo.run().await;
@@ -221,26 +222,36 @@ async fn acquire(
         }
     };
     reach(Point::BootGuestReady);
-    let info = SandboxInfo {
+    let info = describe(request, template, (route_ip, started_at), &envd_version);
+    Ok((machine, control, info))
+}
+
+fn describe(
+    request: &CreateSandbox,
+    template: &ReadyTemplate,
+    (route_ip, started_at): (Ipv4Addr, UnixMillis),
+    envd_version: &str,
+) -> SandboxInfo {
+    // One text for all sandboxes of a template, wherever theirs is the same.
+    fn shared<T: PartialEq + Clone>(own: &T, known: &T) -> T {
+        if own == known { known.clone() } else { own.clone() }
+    }
+    let meta = &template.template.meta;
+    SandboxInfo {
         sandbox_id: request.sandbox_id.clone(),
         execution_id: request.execution_id.clone(),
-        template_id: request.template_id.clone(),
-        build_id: request.build_id.clone(),
+        template_id: shared(&request.template_id, &meta.template_id),
+        build_id: shared(&request.build_id, &meta.build_id),
         route_ip,
         started_at,
         end_at: request.end_at,
         vcpus: meta.vcpus,
         memory: meta.memory,
         disk: meta.disk,
-        // One text for all sandboxes of a template, as long as guests say what was saved.
-        envd_version: if *envd_version == *template.envd_version {
-            Arc::clone(&template.envd_version)
-        } else {
-            envd_version.into()
-        },
+        // Guests say what was saved, as a rule.
+        envd_version: shared(&envd_version.into(), &template.envd_version),
         terms: Arc::clone(&request.terms),
-    };
-    Ok((machine, control, info))
+    }
 }
 
 async fn become_sandbox(

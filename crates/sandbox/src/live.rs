@@ -1,12 +1,13 @@
 //! The whole life of one sandbox: its turn to start, its start, and then its owner.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use belljar_daemon::fault::{Point, reach};
 use belljar_domain::UnixMillis;
 use belljar_domain::lifecycle::EndReason;
-use tokio::sync::{SemaphorePermit, oneshot, watch};
+use tokio::sync::{SemaphorePermit, oneshot};
 use tracing::{info, warn};
 
 use crate::admission::Refused;
@@ -15,52 +16,54 @@ use crate::inbox::Inbox;
 use crate::info::{CreateSandbox, Ended, SandboxInfo};
 use crate::log::SandboxLog;
 use crate::metrics::Samples;
-use crate::owner::{Kept, Post, Starts, give_back, own};
+use crate::owner::{Owner, Starts, give_back};
 use crate::probe::Target;
 use crate::registry::{Inner, chain};
 use crate::settings::MetricsFrom;
 use crate::table::Running;
 
 impl Inner {
-    /// The whole life of one sandbox. Runs shielded. Whoever waits for the last of it waits until
-    /// `end_at` is dropped.
-    pub(crate) async fn live(
-        &self,
+    /// The whole life of one sandbox. Run it shielded. Who waits for the last of it waits until the
+    /// inbox is dropped.
+    pub(crate) fn live(
+        self: Arc<Self>,
         request: CreateSandbox,
         template: Arc<ReadyTemplate>,
         inbox: Inbox,
-        end_at: watch::Sender<UnixMillis>,
         answer: oneshot::Sender<Result<SandboxInfo, CreateError>>,
-    ) {
-        // On the heap, and gone with the start: a sandbox that lives needs none of it.
-        let begin = Box::pin(self.begin(request, template, inbox, &end_at, answer));
-        let Some((booted, inbox, kept)) = begin.await else { return };
-        let info = Arc::clone(&booted.info);
-        let post = Post {
-            clock: &self.deps.clock,
-            kept: &kept,
-            probes: &self.probes,
-            untold: &self.untold,
-            scope: &self.scope,
-        };
-        let reason = own(booted, inbox, &end_at, post).await;
+    ) -> impl Future<Output = Result<(), Infallible>> + Send + 'static {
+        // Start and end are large and short: on the heap, so that a sandbox that lives has neither.
+        let begin = Box::pin(Arc::clone(&self).begin(request, template, inbox, answer));
+        async move {
+            let Some(mut owner) = begin.await else { return Ok(()) };
+            let reason = owner.own(&self).await;
+            Box::pin(self.end(owner, reason)).await;
+            Ok(())
+        }
+    }
+
+    /// Ends the sandbox and tells everybody.
+    async fn end(&self, owner: Owner, reason: EndReason) {
+        let running = Arc::clone(&owner.running);
+        let inbox = owner.end(&self.untold, reason).await;
+        let info = &running.info;
         self.table().leave(&info.sandbox_id);
         let (sandbox_id, execution_id) = (info.sandbox_id.clone(), info.execution_id.clone());
         reach(Point::OwnerBeforeNotice);
         // Nobody may be listening, which is fine.
         let _unheard = self.ended.send(Ended { sandbox_id, execution_id, reason }).is_err();
         reach(Point::OwnerNoticeSent);
+        drop(inbox);
     }
 
     /// Starts the sandbox and tells everybody; `None` when it did not start.
     async fn begin(
-        &self,
+        self: Arc<Self>,
         mut request: CreateSandbox,
         template: Arc<ReadyTemplate>,
         mut inbox: Inbox,
-        end_at: &watch::Sender<UnixMillis>,
         answer: oneshot::Sender<Result<SandboxInfo, CreateError>>,
-    ) -> Option<(Booted, Inbox, Kept)> {
+    ) -> Option<Owner> {
         reach(Point::BootIdTaken);
         let booted = match self.start(&template, &mut request, &mut inbox).await {
             Err(e) => {
@@ -69,8 +72,8 @@ impl Inner {
             }
             Ok(booted) => booted,
         };
-        let info = &booted.info;
-        end_at.send_replace(info.end_at);
+        let Booted { machine, control, undo, info } = booted;
+        inbox.set_end_at(info.end_at);
         let target = match self.settings.metrics {
             MetricsFrom::Guests => {
                 let access_token = request.envd_access_token.take();
@@ -78,15 +81,15 @@ impl Inner {
             }
             MetricsFrom::Made(_) => None,
         };
-        let kept = Kept { log: SandboxLog::default(), samples: Samples::default(), target };
-        let (log, samples) = (kept.log.clone(), kept.samples.clone());
-        let running = Running { info: Arc::clone(info), log, samples };
-        self.table().runs(&info.sandbox_id, running);
+        let (log, samples) = (SandboxLog::default(), Samples::default());
+        let running = Arc::new(Running { info, log, samples });
+        let info = &running.info;
+        self.table().runs(&info.sandbox_id, Arc::clone(&running));
         self.created.fetch_add(1, Ordering::Relaxed);
         info!(sandbox_id = %info.sandbox_id, build_id = %info.build_id, "sandbox runs");
         reach(Point::BootBeforeAnswer);
-        let _caller_gone = answer.send(Ok((**info).clone())).is_err();
-        Some((booted, inbox, kept))
+        let _caller_gone = answer.send(Ok(info.clone())).is_err();
+        Some(Owner { machine, control, undo, inbox, running, target })
     }
 
     fn not_started(
@@ -121,7 +124,7 @@ impl Inner {
         let mut booted =
             boot(&self.deps, &self.settings, &self.ledger, &self.scope, template, request).await?;
         drop(turn);
-        let info = Arc::make_mut(&mut booted.info);
+        let info = &mut booted.info;
         let asked_to_end = std::iter::from_fn(|| inbox.try_next())
             .any(|command| command.while_starting(&mut info.end_at) == Starts::Not);
         if !asked_to_end {

@@ -79,11 +79,11 @@ impl LogQuery {
     }
 }
 
-/// The log of one sandbox. Cheap to clone.
-#[derive(Debug, Clone, Default)]
+/// The log of one sandbox.
+#[derive(Debug, Default)]
 pub(crate) struct SandboxLog {
     // Held to add one message or to read one page, never across a wait.
-    ring: Arc<Mutex<Ring>>,
+    ring: Mutex<Ring>,
 }
 
 impl SandboxLog {

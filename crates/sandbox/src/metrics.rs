@@ -3,7 +3,7 @@
 //! Every sample is the guest's word but for its time, which is this host's.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use belljar_domain::UnixMillis;
@@ -63,11 +63,11 @@ impl MetricsQuery {
     }
 }
 
-/// The samples of one sandbox. Cheap to clone; takes no room until the first one.
-#[derive(Debug, Clone, Default)]
+/// The samples of one sandbox. Takes no room until the first one.
+#[derive(Debug, Default)]
 pub(crate) struct Samples {
     // Held to add or read, never across a wait.
-    ring: Arc<Mutex<Ring>>,
+    ring: Mutex<Ring>,
 }
 
 #[derive(Debug, Default)]

@@ -5,23 +5,23 @@
 
 use std::convert::Infallible;
 use std::pin::Pin;
+use std::sync::Arc;
 
-use belljar_daemon::clock::Clock;
 use belljar_daemon::fault::{Point, reach};
-use belljar_daemon::{Scope, Teardown, clock};
+use belljar_daemon::{Teardown, clock};
 use belljar_domain::lifecycle::{Effect, EndReason, Event, State, next};
 use belljar_domain::{SandboxId, UnixMillis};
 use belljar_runtime::control::GuestControl;
 use belljar_runtime::{ExitCause, Machine};
 use belljar_wire::guest::FromGuest;
-use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::sync::oneshot;
 use tracing::{info, warn};
 
-use crate::boot::Booted;
 use crate::inbox::Inbox;
 use crate::log::SandboxLog;
-use crate::metrics::Samples;
 use crate::probe::{self, Target};
+use crate::registry::Inner;
+use crate::table::Running;
 use crate::untold::UntoldEnds;
 
 /// What callers ask of a running sandbox.
@@ -65,86 +65,89 @@ impl Command {
     }
 }
 
-/// What is kept of a sandbox while it runs.
-pub(crate) struct Kept {
-    pub(crate) log: SandboxLog,
-    pub(crate) samples: Samples,
+/// A sandbox that runs, in the hands of the one task that may touch it.
+pub(crate) struct Owner {
+    pub(crate) machine: Box<dyn Machine>,
+    pub(crate) control: GuestControl,
+    pub(crate) undo: Teardown,
+    pub(crate) inbox: Inbox,
+    pub(crate) running: Arc<Running>,
     /// Whom to ask for figures; `None` where guests have none.
     pub(crate) target: Option<Target>,
 }
 
-/// What an owner is given besides its sandbox.
-pub(crate) struct Post<'a> {
-    pub(crate) clock: &'a Clock,
-    pub(crate) kept: &'a Kept,
-    /// Bounds how many are asked at once.
-    pub(crate) probes: &'a Semaphore,
-    pub(crate) untold: &'a UntoldEnds,
-    pub(crate) scope: &'a Scope,
+/// What an owner hears.
+enum Heard {
+    Asked(Command),
+    Over(EndReason),
 }
 
-/// Owns a booted sandbox until nothing of it is left; answers why it ended.
-pub(crate) async fn own(
-    booted: Booted,
-    mut commands: Inbox,
-    end_at: &watch::Sender<UnixMillis>,
-    post: Post<'_>,
-) -> EndReason {
-    let Booted { mut machine, mut control, undo, info } = booted;
-    let sandbox_id = &info.sandbox_id;
-    let mut sampling = sampling(sandbox_id, &post);
-    let starting = State::Starting { end_at: info.end_at };
-    let (mut state, _arm) =
-        next(starting, Event::Started).expect("a starting sandbox may start: lifecycle table");
-    let reason = loop {
-        let mut moved = None;
-        let event = tokio::select! {
-            command = commands.next() => match command {
-                Command::SetEnd(to, done) => {
-                    moved = Some(done);
-                    Event::SetEnd(to)
+impl Owner {
+    /// Does what is asked of the sandbox until it ends; answers why. This wait is what a sandbox costs
+    /// while nothing happens, so nothing rare is kept in it.
+    pub(crate) async fn own(&mut self, host: &Inner) -> EndReason {
+        let sandbox_id = &self.running.info.sandbox_id;
+        let mut sampling = sampling(self.target.take(), &self.running, host);
+        let starting = State::Starting { end_at: self.inbox.end_at() };
+        let (mut state, _arm) =
+            next(starting, Event::Started).expect("a starting sandbox may start: lifecycle table");
+        loop {
+            let end_at = self.inbox.end_at();
+            let heard = tokio::select! {
+                command = self.inbox.next() => Heard::Asked(command),
+                () = host.deps.clock.until(end_at) => Heard::Over(EndReason::Expired),
+                cause = self.machine.exited() => {
+                    log_exit(sandbox_id, &cause);
+                    Heard::Over(EndReason::Crashed)
                 }
-                Command::Kill => Event::End(EndReason::Killed),
-            },
-            () = post.clock.until(*end_at.borrow()) => Event::End(EndReason::Expired),
-            cause = machine.exited() => {
-                log_exit(sandbox_id, &cause);
-                Event::End(EndReason::Crashed)
+                () = closed(&mut self.control, &self.running.log) => {
+                    Heard::Over(EndReason::Crashed)
+                }
+                () = host.scope.cancelled() => Heard::Over(EndReason::Shutdown),
+                never = &mut sampling => match never {},
+            };
+            let (event, moved) = match heard {
+                Heard::Asked(Command::SetEnd(to, done)) => (Event::SetEnd(to), Some(done)),
+                Heard::Asked(Command::Kill) => (Event::End(EndReason::Killed), None),
+                Heard::Over(reason) => (Event::End(reason), None),
+            };
+            match next(state, event) {
+                Ok((to, Effect::Arm(at))) => {
+                    state = to;
+                    self.inbox.set_end_at(at);
+                    reach(Point::OwnerEndMoved);
+                    // The caller may have left; the move stands all the same.
+                    let _caller_gone = moved.is_some_and(|done| done.send(()).is_err());
+                }
+                Ok((_, Effect::Teardown)) => {
+                    let Event::End(reason) = event else {
+                        unreachable!("only an end tears down: lifecycle table")
+                    };
+                    return reason;
+                }
+                Ok((to, Effect::None)) => state = to,
+                Err(denied) => warn!(%sandbox_id, ?denied, ?event, "event refused"),
             }
-            () = closed(&mut control, &post.kept.log) => Event::End(EndReason::Crashed),
-            () = post.scope.cancelled() => Event::End(EndReason::Shutdown),
-            never = &mut sampling => match never {},
-        };
-        match next(state, event) {
-            Ok((to, Effect::Arm(at))) => {
-                state = to;
-                end_at.send_replace(at);
-                reach(Point::OwnerEndMoved);
-                // The caller may have left; the move stands all the same.
-                let _caller_gone = moved.is_some_and(|done| done.send(()).is_err());
-            }
-            Ok((_, Effect::Teardown)) => {
-                let Event::End(reason) = event else {
-                    unreachable!("only an end tears down: lifecycle table")
-                };
-                break reason;
-            }
-            Ok((to, Effect::None)) => state = to,
-            Err(denied) => warn!(%sandbox_id, ?denied, ?event, "event refused"),
         }
-    };
-    reach(Point::OwnerEnding);
-    // Callers queue no more; those who wait see their answers dropped.
-    drop(commands);
-    drop(control);
-    drop(sampling);
-    if reason == EndReason::Shutdown
-        && let Err(e) = post.untold.note_shutdown(&info, clock::now())
-    {
-        warn!(%sandbox_id, error = %e, "the end is not noted: who asks later will not find it");
     }
-    give_back(sandbox_id, machine, undo, reason).await;
-    reason
+
+    /// Gives everything back that the sandbox has. Answers with its inbox, for who waits until nothing
+    /// is left. Not cancel-safe: run it shielded.
+    pub(crate) async fn end(self, untold: &UntoldEnds, reason: EndReason) -> Inbox {
+        let Owner { machine, control, undo, mut inbox, running, target: _ } = self;
+        let info = &running.info;
+        reach(Point::OwnerEnding);
+        inbox.close();
+        drop(control);
+        if reason == EndReason::Shutdown
+            && let Err(e) = untold.note_shutdown(info, clock::now())
+        {
+            let sandbox_id = &info.sandbox_id;
+            warn!(%sandbox_id, error = %e, "the end is not noted: who asks later will not find it");
+        }
+        give_back(&info.sandbox_id, machine, undo, reason).await;
+        inbox
+    }
 }
 
 /// Kills the machine and runs the undo stack. Not cancel-safe: run it shielded.
@@ -166,13 +169,12 @@ pub(crate) async fn give_back(
 /// Keeps figures for as long as it is polled. On the heap: most sandboxes of a host full of fake ones
 /// have none.
 fn sampling<'a>(
-    sandbox_id: &'a SandboxId,
-    post: &'a Post<'_>,
+    target: Option<Target>,
+    running: &'a Running,
+    host: &'a Inner,
 ) -> Pin<Box<dyn Future<Output = Infallible> + Send + 'a>> {
-    match &post.kept.target {
-        Some(target) => {
-            Box::pin(probe::sample(sandbox_id, target, &post.kept.samples, post.probes, post.clock))
-        }
+    match target {
+        Some(target) => Box::pin(probe::sample(running, target, &host.probes, &host.deps.clock)),
         None => Box::pin(std::future::pending()),
     }
 }

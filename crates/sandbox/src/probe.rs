@@ -11,7 +11,7 @@ use std::net::Ipv4Addr;
 use std::task::Poll;
 use std::time::Duration;
 
-use belljar_domain::{SandboxId, Secret};
+use belljar_domain::Secret;
 use belljar_wire::ENVD_PORT;
 use belljar_wire::guest_metrics::{GuestMetrics, METRICS_MAX_BYTES};
 use bytes::Bytes;
@@ -24,7 +24,8 @@ use tokio::sync::Semaphore;
 use tokio::time::MissedTickBehavior;
 use tracing::debug;
 
-use crate::metrics::{Figures, SAMPLE_EVERY, Sample, Samples};
+use crate::metrics::{Figures, SAMPLE_EVERY, Sample};
+use crate::table::Running;
 use belljar_daemon::clock::Clock;
 
 /// Guests asked at once. An answer takes a millisecond, or its deadline.
@@ -63,9 +64,8 @@ enum ProbeError {
 
 /// Asks a guest every [`SAMPLE_EVERY`] and keeps the answers, until it is dropped. Cancel-safe.
 pub(crate) async fn sample(
-    sandbox_id: &SandboxId,
-    target: &Target,
-    samples: &Samples,
+    running: &Running,
+    target: Target,
     places: &Semaphore,
     clock: &Clock,
 ) -> Infallible {
@@ -78,11 +78,16 @@ pub(crate) async fn sample(
         // The semaphore is never closed; without it the question would only be unbounded.
         let _place = places.acquire().await;
         let at = clock.now();
-        let answer = tokio::time::timeout(ANSWER_DEADLINE, ask(target, ENVD_PORT)).await;
+        // On the heap: most of the time nobody is asked, and a question is large.
+        let asking = Box::pin(ask(&target, ENVD_PORT));
+        let answer = tokio::time::timeout(ANSWER_DEADLINE, asking).await;
         match answer.unwrap_or(Err(ProbeError::TimedOut)) {
-            Ok(figures) => samples.add(Sample { at, figures }),
+            Ok(figures) => running.samples.add(Sample { at, figures }),
             // A guest may be frozen, busy or broken: that is its user's business.
-            Err(e) => debug!(%sandbox_id, error = %crate::registry::chain(&e), "no figures"),
+            Err(e) => {
+                let (sandbox_id, error) = (&running.info.sandbox_id, crate::registry::chain(&e));
+                debug!(%sandbox_id, error, "no figures");
+            }
         }
     }
 }

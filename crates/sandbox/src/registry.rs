@@ -9,7 +9,7 @@ use std::time::Duration;
 use belljar_blockstore::BaseImage;
 use belljar_daemon::{OnError, Scope, clock};
 use belljar_domain::{BuildId, ExecutionId, SandboxId, UnixMillis};
-use tokio::sync::{Semaphore, broadcast, oneshot, watch};
+use tokio::sync::{Semaphore, broadcast, oneshot};
 use tracing::{info, warn};
 
 use crate::admission::{Allocated, Limits, Status};
@@ -172,25 +172,20 @@ impl Sandboxes {
         if self.inner.scope.is_cancelled() {
             return Err(CreateError::Closing);
         }
-        let (commands, inbox) = inbox();
-        let (end_at, end_seen) = watch::channel(request.end_at);
+        let (commands, inbox) = inbox(request.end_at);
         let meta = &template.template.meta;
         let entry = Entry {
             execution_id: request.execution_id.clone(),
             commands,
             share: Allocated::one(meta.vcpus, meta.memory, meta.disk),
             running: None,
-            end_at: end_seen,
         };
         let disk_free_mib = self.inner.disk_free_mib();
         let limits = &self.inner.settings.limits;
         self.inner.table().enter(&request.sandbox_id, entry, limits, disk_free_mib)?;
         let (answer, answered) = oneshot::channel();
-        let inner = self.inner.clone();
-        self.inner.scope.spawn_shielded("sandbox owner", OnError::Log, async move {
-            inner.live(request, template, inbox, end_at, answer).await;
-            Ok::<(), std::convert::Infallible>(())
-        });
+        let life = self.inner.clone().live(request, template, inbox, answer);
+        self.inner.scope.spawn_shielded("sandbox owner", OnError::Log, life);
         answered.await.unwrap_or(Err(CreateError::Closing))
     }
 
@@ -278,7 +273,7 @@ impl Sandboxes {
         end_at: UnixMillis,
     ) -> Result<(), SandboxNotFound> {
         let missing = || SandboxNotFound { sandbox_id: sandbox_id.clone() };
-        let (commands, _) = self.inner.commands_of(sandbox_id).ok_or_else(missing)?;
+        let commands = self.inner.commands_of(sandbox_id).ok_or_else(missing)?;
         let (done, heard) = oneshot::channel();
         commands.put(Command::SetEnd(end_at, done)).map_err(|_| missing())?;
         heard.await.map_err(|_| missing())
@@ -291,10 +286,9 @@ impl Sandboxes {
     /// [`SandboxNotFound`] when it does not run here, or is already on its way out.
     pub async fn kill(&self, sandbox_id: &SandboxId) -> Result<(), SandboxNotFound> {
         let missing = || SandboxNotFound { sandbox_id: sandbox_id.clone() };
-        let (commands, mut gone) = self.inner.commands_of(sandbox_id).ok_or_else(missing)?;
+        let commands = self.inner.commands_of(sandbox_id).ok_or_else(missing)?;
         commands.put(Command::Kill).map_err(|_| missing())?;
-        // The sender lives in the sandbox's task, which drops it last.
-        while gone.changed().await.is_ok() {}
+        commands.gone().await;
         Ok(())
     }
 
@@ -307,14 +301,9 @@ impl Sandboxes {
         sandbox_id: &SandboxId,
         query: &LogQuery,
     ) -> Result<Vec<LogEntry>, SandboxNotFound> {
-        let log = self
-            .inner
-            .table()
-            .get(sandbox_id)
-            .and_then(|entry| entry.running.as_ref())
-            .map(|running| running.log.clone());
-        let log = log.ok_or_else(|| SandboxNotFound { sandbox_id: sandbox_id.clone() })?;
-        Ok(log.read(query))
+        let running = self.inner.table().get(sandbox_id).and_then(|entry| entry.running.clone());
+        let running = running.ok_or_else(|| SandboxNotFound { sandbox_id: sandbox_id.clone() })?;
+        Ok(running.log.read(query))
     }
 
     /// What a sandbox used, oldest first: one sample every 5 seconds for the last hour, and one a minute
@@ -391,10 +380,8 @@ impl Inner {
         }
     }
 
-    fn commands_of(&self, sandbox_id: &SandboxId) -> Option<(Slit, watch::Receiver<UnixMillis>)> {
-        let table = self.table();
-        let entry = table.get(sandbox_id)?;
-        Some((entry.commands.clone(), entry.end_at.clone()))
+    fn commands_of(&self, sandbox_id: &SandboxId) -> Option<Slit> {
+        self.table().get(sandbox_id).map(|entry| entry.commands.clone())
     }
 }
 

@@ -7,7 +7,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use belljar_domain::{ExecutionId, SandboxId, UnixMillis};
-use tokio::sync::watch;
 
 use crate::admission::{Allocated, Host, Limits, Status, admit};
 use crate::boot::CreateError;
@@ -23,13 +22,13 @@ pub(crate) struct Entry {
     /// What it takes of this host.
     pub(crate) share: Allocated,
     /// Set once it runs.
-    pub(crate) running: Option<Running>,
-    /// When it ends. Closed when nothing of it is left.
-    pub(crate) end_at: watch::Receiver<UnixMillis>,
+    pub(crate) running: Option<Arc<Running>>,
 }
 
+/// What is kept of a sandbox while it runs.
 pub(crate) struct Running {
-    pub(crate) info: Arc<SandboxInfo>,
+    /// What it was when it started.
+    pub(crate) info: SandboxInfo,
     pub(crate) log: SandboxLog,
     pub(crate) samples: Samples,
 }
@@ -38,7 +37,7 @@ impl Entry {
     /// What it is, with the end it has now; `None` while it starts.
     pub(crate) fn now(&self) -> Option<SandboxInfo> {
         let running = self.running.as_ref()?;
-        Some(SandboxInfo { end_at: *self.end_at.borrow(), ..(*running.info).clone() })
+        Some(SandboxInfo { end_at: self.commands.end_at(), ..running.info.clone() })
     }
 }
 
@@ -87,7 +86,7 @@ impl Table {
     }
 
     /// The sandbox runs from now on.
-    pub(crate) fn runs(&mut self, sandbox_id: &SandboxId, running: Running) {
+    pub(crate) fn runs(&mut self, sandbox_id: &SandboxId, running: Arc<Running>) {
         if let Some(entry) = self.entries.get_mut(sandbox_id) {
             self.running += usize::from(entry.running.is_none());
             entry.running = Some(running);

@@ -22,7 +22,7 @@ use crate::creation_rate::TooFast;
 use crate::idempotency::{Begin, Key, KeyTaken, Ticket};
 use crate::lifecycle::shielded;
 use crate::limits::TooBig;
-use crate::live::{AtLimit, EndedEarly, Sandbox, Slot, Terms};
+use crate::live::{AtLimit, EndedEarly, Observed, Sandbox, Slot, Terms};
 use crate::node::{NodeCallError, Start};
 use crate::nodes::{Contact, Member};
 use crate::store::StoreError;
@@ -208,7 +208,7 @@ async fn place(
     let terms = Terms {
         team: team.id.clone(),
         alias: placed.template.aliases.first().cloned(),
-        metadata: spec.metadata.clone(),
+        metadata: spec.metadata.clone().into(),
         secure: spec.secure,
         allow_internet: spec.allow_internet,
     };
@@ -311,6 +311,8 @@ async fn attempt(
         return Err(CreateError::Mixup);
     }
     claim.keep();
+    // Our own ids, not equal ones: the tables of this process share them.
+    let observed = Observed { id: id.clone(), execution, ..observed }.sharing(template);
     Ok(Sandbox::new(node.ix, observed, terms.clone()))
 }
 

@@ -55,7 +55,7 @@ impl From<&Sandbox> for Run {
             execution: sandbox.execution.clone(),
             template: sandbox.template.clone(),
             build: sandbox.build.clone(),
-            metadata: sandbox.metadata.clone(),
+            metadata: sandbox.metadata.to_map(),
             started_at: sandbox.started_at,
             vcpus: sandbox.vcpus,
             memory: sandbox.memory,

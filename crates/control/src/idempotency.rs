@@ -21,7 +21,7 @@ use std::time::Duration;
 use belljar_domain::UnixMillis;
 use sha2::{Digest as _, Sha256};
 
-use crate::live::Sandbox;
+use crate::live::{Metadata, Sandbox};
 use crate::team::TeamId;
 
 /// How long a key is remembered at least, whatever becomes of its sandbox.
@@ -220,7 +220,7 @@ impl Ticket {
     pub(crate) fn done(self, sandbox: &Arc<Sandbox>) {
         let since = sandbox.started_at;
         // No answer to a create shows the labels, and they may be large.
-        let sandbox = Arc::new(Sandbox { metadata: BTreeMap::new(), ..(**sandbox).clone() });
+        let sandbox = Arc::new(Sandbox { metadata: Metadata::default(), ..(**sandbox).clone() });
         self.set(Stage::Done { sandbox, since });
     }
 

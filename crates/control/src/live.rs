@@ -7,6 +7,7 @@
 //! A sandbox whose end has passed is not visible any more, even before its node has said so.
 
 mod index;
+mod metadata;
 mod phase;
 mod sandbox;
 mod slot;
@@ -25,6 +26,7 @@ use index::TeamIndex;
 use phase::{Event, Next, Phase};
 
 pub(crate) use index::{Key, Order, Range};
+pub(crate) use metadata::Metadata;
 pub(crate) use sandbox::{Observed, Sandbox, Terms};
 pub(crate) use slot::{AtLimit, EndedEarly, Slot};
 

@@ -29,7 +29,7 @@ pub(crate) struct Template {
     pub(crate) vcpus: Vcpus,
     pub(crate) memory: MiB,
     pub(crate) disk: MiB,
-    pub(crate) envd_version: String,
+    pub(crate) envd_version: Arc<str>,
     pub(crate) created_at: UnixMillis,
 }
 
@@ -225,7 +225,7 @@ mod tests {
             vcpus: Vcpus(2),
             memory: MiB(512),
             disk: MiB(512),
-            envd_version: "0.6.13".to_owned(),
+            envd_version: "0.6.13".into(),
             created_at: UnixMillis(created_at),
         }
     }

@@ -53,7 +53,7 @@ pub(crate) fn write(terms: &Terms, key: Option<&Key>) -> String {
         version: VERSION,
         team: terms.team.to_string(),
         alias: terms.alias.clone(),
-        metadata: terms.metadata.clone(),
+        metadata: terms.metadata.to_map(),
         secure: terms.secure,
         allow_internet: terms.allow_internet,
         key: key.map(|key| KeyText { key: hex::encode(key.key), body: hex::encode(key.body) }),
@@ -71,7 +71,7 @@ pub(crate) fn read(text: &str) -> Option<Written> {
     let terms = Terms {
         team: TeamId::parse(&text.team)?,
         alias: text.alias,
-        metadata: text.metadata,
+        metadata: text.metadata.into(),
         secure: text.secure,
         allow_internet: text.allow_internet,
     };
@@ -95,7 +95,7 @@ mod tests {
         Terms {
             team: TeamId::parse("6f2b8a52-9d0f-4a43-a0bb-5d2f6b7f8c11").expect("a UUID"),
             alias: Some("base".to_owned()),
-            metadata: BTreeMap::from([("user".to_owned(), "a \"quoted\" ü".to_owned())]),
+            metadata: BTreeMap::from([("user".to_owned(), "a \"quoted\" ü".to_owned())]).into(),
             secure: true,
             allow_internet: false,
         }

@@ -163,7 +163,7 @@ impl Filter {
     }
 
     fn lets_through(&self, sandbox: &Sandbox) -> bool {
-        self.metadata.iter().all(|(key, value)| sandbox.metadata.get(key) == Some(value))
+        self.metadata.iter().all(|(key, value)| sandbox.metadata.get(key) == Some(value.as_str()))
             && self
                 .template
                 .as_ref()

@@ -21,7 +21,7 @@ pub(crate) fn sandbox(app: &App, sandbox: &Sandbox) -> rest::Sandbox {
         template_id: sandbox.template.to_string(),
         sandbox_id: sandbox.id.to_string(),
         client_id: CLIENT_ID.to_owned(),
-        envd_version: sandbox.envd_version.clone(),
+        envd_version: sandbox.envd_version.to_string(),
         alias: sandbox.alias.clone(),
         envd_access_token: app.token_of(sandbox).map(|token| token.expose().clone()),
         traffic_access_token: None,
@@ -40,9 +40,9 @@ pub(crate) fn listed(sandbox: &Sandbox) -> rest::ListedSandbox {
         memory_mb: sandbox.memory.0,
         disk_size_mb: sandbox.disk.0,
         state: rest::SandboxState::Running,
-        envd_version: sandbox.envd_version.clone(),
+        envd_version: sandbox.envd_version.to_string(),
         alias: sandbox.alias.clone(),
-        metadata: Some(sandbox.metadata.clone()),
+        metadata: Some(sandbox.metadata.to_map()),
         volume_mounts: None,
     }
 }
@@ -75,7 +75,7 @@ pub(crate) fn template(template: &Template, spawned: Option<&Spawned>) -> rest::
         last_spawned_at: spawned.map(|s| time(s.last)),
         spawn_count: spawned.map_or(0, |s| s.count),
         build_count: 1,
-        envd_version: template.envd_version.clone(),
+        envd_version: template.envd_version.to_string(),
         build_status: rest::BuildStatus::Ready,
     }
 }
@@ -90,6 +90,6 @@ pub(crate) fn build(template: &Template) -> rest::TemplateBuild {
         cpu_count: template.vcpus.0,
         memory_mb: template.memory.0,
         disk_size_mb: Some(template.disk.0),
-        envd_version: Some(template.envd_version.clone()),
+        envd_version: Some(template.envd_version.to_string()),
     }
 }

@@ -1,13 +1,15 @@
 //! What is known of one sandbox, and from whom.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use belljar_domain::{BuildId, ExecutionId, MiB, SandboxId, TemplateId, UnixMillis, Vcpus};
 
+use super::Metadata;
 use crate::nodes::NodeIx;
 use crate::placement::Need;
 use crate::team::TeamId;
+use crate::templates::Template;
 
 /// One live sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,7 +22,7 @@ pub(crate) struct Sandbox {
     pub(crate) template: TemplateId,
     pub(crate) build: BuildId,
     pub(crate) alias: Option<String>,
-    pub(crate) metadata: BTreeMap<String, String>,
+    pub(crate) metadata: Metadata,
     /// Whether its guest daemon asks for a token.
     pub(crate) secure: bool,
     pub(crate) allow_internet: bool,
@@ -30,7 +32,7 @@ pub(crate) struct Sandbox {
     pub(crate) vcpus: Vcpus,
     pub(crate) memory: MiB,
     pub(crate) disk: MiB,
-    pub(crate) envd_version: String,
+    pub(crate) envd_version: Arc<str>,
 }
 
 /// What a node says of one sandbox it holds.
@@ -46,7 +48,7 @@ pub(crate) struct Observed {
     pub(crate) vcpus: Vcpus,
     pub(crate) memory: MiB,
     pub(crate) disk: MiB,
-    pub(crate) envd_version: String,
+    pub(crate) envd_version: Arc<str>,
     /// What this control plane, or one before it, gave the node to keep.
     pub(crate) terms: String,
 }
@@ -56,9 +58,24 @@ pub(crate) struct Observed {
 pub(crate) struct Terms {
     pub(crate) team: TeamId,
     pub(crate) alias: Option<String>,
-    pub(crate) metadata: BTreeMap<String, String>,
+    pub(crate) metadata: Metadata,
     pub(crate) secure: bool,
     pub(crate) allow_internet: bool,
+}
+
+impl Observed {
+    /// With the template's own texts where they are the same, so that its sandboxes share them.
+    pub(crate) fn sharing(self, template: &Template) -> Observed {
+        fn share<T: PartialEq + Clone>(said: T, known: &T) -> T {
+            if said == *known { known.clone() } else { said }
+        }
+        Observed {
+            template: share(self.template, &template.id),
+            build: share(self.build, &template.build),
+            envd_version: share(self.envd_version, &template.envd_version),
+            ..self
+        }
+    }
 }
 
 impl Sandbox {
@@ -83,6 +100,7 @@ impl Sandbox {
             envd_version: observed.envd_version,
         }
     }
+
     /// What it takes of its node.
     pub(crate) fn need(&self) -> Need {
         Need { vcpus: self.vcpus, memory: self.memory, disk: self.disk }

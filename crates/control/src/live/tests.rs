@@ -1,4 +1,3 @@
-use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
@@ -23,7 +22,7 @@ pub(crate) fn sandbox_at(team: &TeamId, start: UnixMillis, end: UnixMillis) -> A
         template: TemplateId::random(),
         build: BuildId::random(),
         alias: None,
-        metadata: BTreeMap::new(),
+        metadata: Metadata::default(),
         secure: true,
         allow_internet: true,
         started_at: start,
@@ -32,7 +31,7 @@ pub(crate) fn sandbox_at(team: &TeamId, start: UnixMillis, end: UnixMillis) -> A
         vcpus: Vcpus(2),
         memory: MiB(512),
         disk: MiB(512),
-        envd_version: "0.6.13".to_owned(),
+        envd_version: "0.6.13".into(),
     })
 }
 

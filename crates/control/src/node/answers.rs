@@ -1,6 +1,7 @@
 //! A node's answers, checked and turned into domain types.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 
 use belljar_domain::{MiB, UnixMillis, Vcpus};
 use belljar_wire::rest::LogLevel;
@@ -44,7 +45,7 @@ pub(super) fn observed(info: &SandboxInfo) -> Result<Observed, String> {
         vcpus: Vcpus(info.vcpus),
         memory: MiB(info.memory_mib),
         disk: MiB(info.disk_mib),
-        envd_version: info.envd_version.clone(),
+        envd_version: info.envd_version.as_str().into(),
         terms: info.terms.clone(),
     })
 }
@@ -62,7 +63,7 @@ pub(super) fn reclaimed(info: &ReclaimedSandbox) -> Result<Reclaimed, String> {
             vcpus: Vcpus(info.vcpus),
             memory: MiB(info.memory_mib),
             disk: MiB(info.disk_mib),
-            envd_version: String::new(),
+            envd_version: Arc::default(),
             terms: info.terms.clone(),
         },
         at: UnixMillis(info.reclaimed_at_unix_ms),
@@ -128,7 +129,7 @@ pub(super) fn template(info: TemplateInfo) -> Result<Template, String> {
         vcpus: Vcpus(info.vcpus),
         memory: MiB(info.memory_mib),
         disk: MiB(info.disk_mib),
-        envd_version: info.envd_version,
+        envd_version: info.envd_version.into(),
         created_at: UnixMillis(info.created_at_unix_ms),
     })
 }

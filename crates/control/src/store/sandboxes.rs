@@ -1,6 +1,6 @@
 //! Runs of sandboxes: written behind the live table, read to adopt what still runs after a restart.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use belljar_domain::{ExecutionId, MiB, SandboxId, UnixMillis, Vcpus};
 
@@ -56,8 +56,9 @@ impl TryFrom<Stored> for RunRow {
                 team: TeamId::parse(&row.team_id)
                     .ok_or_else(|| corrupt("a team id", &row.team_id))?,
                 alias: row.alias,
-                metadata: serde_json::from_str(&row.metadata)
-                    .map_err(|_| corrupt("a sandbox's metadata", &row.metadata))?,
+                metadata: serde_json::from_str::<BTreeMap<_, _>>(&row.metadata)
+                    .map_err(|_| corrupt("a sandbox's metadata", &row.metadata))?
+                    .into(),
                 secure: row.secure,
                 allow_internet: row.allow_internet,
             },
@@ -229,8 +230,8 @@ async fn write_end(
 /// Says whether the run was not there. One whose team is gone is not written: a row that cannot be
 /// would take the changes of other teams with it that are written together.
 async fn write_start(tx: &mut Tx, sandbox: &Sandbox) -> Result<bool, sqlx::Error> {
-    let metadata =
-        serde_json::to_string(&sandbox.metadata).expect("a map of strings has a JSON form");
+    let metadata = serde_json::to_string(&sandbox.metadata.to_map())
+        .expect("a map of strings has a JSON form");
     on_tx!(tx, connection => {
         sqlx::query(
             "INSERT INTO sandboxes (execution_id, sandbox_id, team_id, template_id, build_id, \

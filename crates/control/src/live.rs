@@ -16,9 +16,11 @@ pub(crate) mod tests;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use belljar_domain::{ExecutionId, SandboxId, UnixMillis};
 use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
 
 use crate::nodes::NodeIx;
 use crate::team::TeamId;
@@ -37,13 +39,20 @@ pub(crate) type Marks = HashMap<SandboxId, Option<u64>>;
 /// What a reconcile changed, and what it found that nobody here knows.
 #[derive(Debug, Default)]
 pub(crate) struct Difference {
-    /// Removed: the node does not have them any more.
+    /// Hidden: the node does not have them any more, and may be about to say why.
+    pub(crate) missing: Vec<Arc<Sandbox>>,
+    /// Removed: they have been missing for [`NOTICE_WAIT`], and nobody said why.
     pub(crate) gone: Vec<Arc<Sandbox>>,
     /// Corrected to what the node says.
     pub(crate) moved: Vec<Arc<Sandbox>>,
     /// On the node, not here.
     pub(crate) unknown: Vec<Observed>,
 }
+
+/// How long a sandbox may be missing on its node before that counts as its end. A node says why a
+/// sandbox ended right after it stops listing it, and that notice may be on its way, or be read only
+/// after the list.
+pub(crate) const NOTICE_WAIT: Duration = Duration::from_secs(2);
 
 /// What stands under an id that a caller wants to end.
 #[derive(Debug)]
@@ -87,6 +96,8 @@ struct Started {
     revision: u64,
     /// One change of this sandbox at a time; made when the first one is.
     turn: Option<Arc<Semaphore>>,
+    /// Since when its node does not list it.
+    missing_since: Option<Instant>,
 }
 
 impl Inner {
@@ -118,7 +129,8 @@ impl Inner {
     fn start(&mut self, sandbox: Arc<Sandbox>) {
         let revision = self.next_revision();
         self.team(&sandbox.team).insert(Arc::clone(&sandbox));
-        let started = Started { phase: Phase::Running, sandbox, revision, turn: None };
+        let started =
+            Started { phase: Phase::Running, sandbox, revision, turn: None, missing_since: None };
         self.started.insert(started.sandbox.id.clone(), started);
     }
 
@@ -152,6 +164,26 @@ impl Inner {
         }
         self.forget_team_if_empty(&sandbox.team);
         Some(sandbox)
+    }
+
+    /// A node does not list the run `execution` of `id`, as of `now`.
+    fn miss(
+        &mut self,
+        id: &SandboxId,
+        execution: &ExecutionId,
+        now: Instant,
+        difference: &mut Difference,
+    ) {
+        let Some(started) = self.started.get_mut(id) else { return };
+        let since = *started.missing_since.get_or_insert(now);
+        if now.duration_since(since) >= NOTICE_WAIT {
+            difference.gone.extend(self.apply(id, execution, Event::EndHeard));
+            return;
+        }
+        let sandbox = Arc::clone(&started.sandbox);
+        // Denied when it is hidden already, because somebody ends it.
+        let _hidden = self.apply(id, execution, Event::EndAsked).is_some();
+        difference.missing.push(sandbox);
     }
 
     /// Gives the run of `id` another end.
@@ -292,24 +324,30 @@ impl Live {
         starting.map(|(id, _)| (id.clone(), None)).chain(started).collect()
     }
 
-    /// Follows `seen`, everything `node` holds, as asked for after `before` was taken.
-    pub(crate) fn observe(&self, node: NodeIx, before: &Marks, seen: Vec<Observed>) -> Difference {
+    /// Follows `seen`, everything `node` holds, as asked for after `before` was taken. It is `now`.
+    pub(crate) fn observe(
+        &self,
+        node: NodeIx,
+        before: &Marks,
+        seen: Vec<Observed>,
+        now: Instant,
+    ) -> Difference {
         let mut difference = Difference::default();
         let mut inner = self.lock();
         let on_node: HashMap<&SandboxId, &Observed> = seen.iter().map(|o| (&o.id, o)).collect();
-        let is_gone = |id: &SandboxId, started: &Started| {
+        let is_missing = |id: &SandboxId, started: &Started| {
             let known_before = before.get(id).is_some_and(|&mark| mark == Some(started.revision));
             let held = on_node.get(id).is_some_and(|o| o.execution == started.sandbox.execution);
             started.sandbox.node == node && known_before && !held
         };
-        let gone: Vec<_> = inner
+        let missing: Vec<_> = inner
             .started
             .iter()
-            .filter(|(id, started)| is_gone(id, started))
+            .filter(|(id, started)| is_missing(id, started))
             .map(|(id, started)| (id.clone(), started.sandbox.execution.clone()))
             .collect();
-        for (id, execution) in gone {
-            difference.gone.extend(inner.apply(&id, &execution, Event::EndHeard));
+        for (id, execution) in missing {
+            inner.miss(&id, &execution, now, &mut difference);
         }
         for observed in seen {
             let Some(started) = inner.started.get(&observed.id) else {

@@ -4,7 +4,8 @@
 //! A reconcile of a node takes no input, may run at any time and any number of times, and makes the
 //! live table, the routes and the store agree with what the node holds:
 //!
-//! - here, not on the node: it has ended, reason `lost` (or `expired` when its time was up);
+//! - here, not on the node: hidden, until the node says why it ended. When the node does not say,
+//!   the reason is `lost` (or `expired` when its time was up);
 //! - on the node, not here: adopted, on the terms the store has, or else those the node was given
 //!   with it; killed when there are none, when its team is gone, or when nobody can know its id;
 //! - ended with an earlier run of the node: written to the store, then forgotten on the node;
@@ -27,7 +28,7 @@ use tracing::{debug, info, warn};
 
 use crate::app::App;
 use crate::lifecycle::{forget, gone};
-use crate::live::{Marks, Observed, Sandbox};
+use crate::live::{Marks, NOTICE_WAIT, Observed, Sandbox};
 use crate::node::{Ended, Holds, NodeCallError, Watch};
 use crate::nodes::{Contact, Member, NodeIx};
 use crate::store::{RunRow, StoreError};
@@ -38,8 +39,9 @@ use crate::writer::{Change, Noted};
 
 const FIRST_RETRY: Duration = Duration::from_millis(50);
 const MAX_RETRY: Duration = Duration::from_secs(5);
-/// How long after a failed reconcile the next one runs: the store is back within this.
-const RETRY: Duration = Duration::from_secs(2);
+/// How long after a failed reconcile the next one runs: the store is back within this. Also how long
+/// after one that found sandboxes missing, whose notice has come by then or never will.
+const RETRY: Duration = NOTICE_WAIT;
 /// How often a node is asked how busy it is.
 const LOAD_INTERVAL: Duration = Duration::from_secs(5);
 /// Strangers killed at the same time.
@@ -52,6 +54,15 @@ pub(crate) enum ReconcileError {
     Node(#[from] NodeCallError),
     #[error("follow the node with the store")]
     Store(#[from] StoreError),
+}
+
+/// Whether a reconcile left nothing to look at again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Settled {
+    /// It did.
+    Yes,
+    /// Sandboxes are missing on the node, and it may still say why.
+    NotYet,
 }
 
 /// Connects to a node and brings everything up to date; tries again until `deadline`.
@@ -117,7 +128,8 @@ async fn follow_stream(app: &App, node: &Member, watch: Watch) -> NodeCallError 
     let mut ends = Box::pin(ends(watch));
     let (mut due, mut load_due) = (every(app.config.reconcile_interval), every(LOAD_INTERVAL));
     let (mut losses, mut retry) = (app.writer.losses(), every(RETRY));
-    let mut failed = false;
+    // The reconcile before this watch was followed may have found some missing.
+    let mut again = true;
     loop {
         tokio::select! {
             end = ends.next() => {
@@ -137,11 +149,11 @@ async fn follow_stream(app: &App, node: &Member, watch: Watch) -> NodeCallError 
                 }
                 continue;
             }
-            _ = retry.tick(), if failed => {}
+            _ = retry.tick(), if again => {}
             // The sender lives as long as the application does.
             _ = losses.changed() => {
                 // Not at once: what the store could not take now, it cannot take now.
-                failed = true;
+                again = true;
                 retry.reset();
                 continue;
             }
@@ -152,7 +164,7 @@ async fn follow_stream(app: &App, node: &Member, watch: Watch) -> NodeCallError 
         if let Err(e) = &outcome {
             debug!(error = %e, "reconcile failed; it runs again");
         }
-        failed = outcome.is_err();
+        again = !matches!(outcome, Ok(Settled::Yes));
         retry.reset();
     }
 }
@@ -171,7 +183,7 @@ fn ends(watch: Watch) -> impl Stream<Item = Result<Ended, NodeCallError>> {
 }
 
 /// Makes this process and its store agree with a node. See the module's own words.
-async fn reconcile(app: &App, node: &Member) -> Result<(), ReconcileError> {
+async fn reconcile(app: &App, node: &Member) -> Result<Settled, ReconcileError> {
     // The order matters: what is known must be older than the node's answer (see `Live::observe`).
     let before = app.live.marks(node.ix);
     let astray = app.unsettled.on(node.ix);
@@ -182,8 +194,12 @@ async fn reconcile(app: &App, node: &Member) -> Result<(), ReconcileError> {
 
     let on_node: HashSet<ExecutionId> = seen.iter().map(|o| o.execution.clone()).collect();
     let held: HashSet<SandboxId> = seen.iter().map(|o| o.id.clone()).chain(starting).collect();
-    let difference = app.live.observe(node.ix, &before, seen);
+    let difference = app.live.observe(node.ix, &before, seen, Instant::now());
     let now = clock::now();
+    for sandbox in &difference.missing {
+        debug!(sandbox = %sandbox.id, "a sandbox is missing on its node");
+        app.routes.withdraw(&sandbox.id);
+    }
     for sandbox in &difference.gone {
         info!(sandbox = %sandbox.id, "a sandbox is gone from its node");
         gone(app, sandbox, end_reason(sandbox.end_at, now));
@@ -194,6 +210,7 @@ async fn reconcile(app: &App, node: &Member) -> Result<(), ReconcileError> {
     }
     let rows: HashMap<ExecutionId, RunRow> =
         rows.into_iter().map(|row| (row.execution.clone(), row)).collect();
+    let settled = if difference.missing.is_empty() { Settled::Yes } else { Settled::NotYet };
     let strangers = adopt(app, node, difference.unknown, &rows).await?;
     for id in astray.iter().filter(|id| !held.contains(id)) {
         // It is not there: whoever asks again with its key gets another one.
@@ -204,7 +221,7 @@ async fn reconcile(app: &App, node: &Member) -> Result<(), ReconcileError> {
         end_what_no_node_holds(app, &rows, &on_node, now);
     }
     kill_strangers(node, strangers).await;
-    Ok(())
+    Ok(settled)
 }
 
 fn end_reason(end_at: UnixMillis, now: UnixMillis) -> &'static str {

@@ -207,12 +207,33 @@ fn a_reconcile_follows_the_node() {
     let before = live.marks(NODE);
     let mut moved = observed(&kept);
     moved.end_at = UnixMillis(9_000);
-    let difference = live.observe(NODE, &before, vec![moved, observed(&stranger)]);
-    assert_eq!(difference.gone, [lost]);
+    let now = Instant::now();
+    let difference = live.observe(NODE, &before, vec![moved, observed(&stranger)], now);
+    assert_eq!(difference.missing, std::slice::from_ref(&lost));
+    assert!(live.find(&lost.id, &team, NOW).is_none(), "hidden at once");
     assert_eq!(difference.moved.len(), 1);
     assert_eq!(difference.unknown, [observed(&stranger)]);
     assert_eq!(live.find(&kept.id, &team, NOW).expect("kept").end_at, UnixMillis(9_000));
     assert_eq!(live.count(&team, LATER), 1);
+
+    let look = |now| {
+        let kept = live.find(&kept.id, &team, NOW).expect("kept");
+        live.observe(NODE, &live.marks(NODE), vec![observed(&kept)], now)
+    };
+    let early = look(now + NOTICE_WAIT / 2);
+    assert_eq!((early.missing.len(), early.gone.len()), (1, 0), "the node may yet say why");
+    let late = look(now + NOTICE_WAIT);
+    assert_eq!((late.missing.len(), late.gone), (0, vec![lost]));
+}
+
+#[test]
+fn who_is_missing_while_it_is_killed_waits_for_the_answer() {
+    let (live, team) = (Arc::new(Live::default()), team());
+    let s = add(&live, &team);
+    assert!(matches!(live.begin_end(&s.id, &team, NOW), Ending::Mine(_)));
+    let difference = live.observe(NODE, &live.marks(NODE), vec![], Instant::now());
+    assert!(difference.gone.is_empty(), "{difference:?}");
+    assert_eq!(live.remove(&s.id, &s.execution), Some(s), "whoever killed it says so");
 }
 
 #[test]
@@ -220,10 +241,10 @@ fn what_one_node_holds_is_not_asked_of_another() {
     let (live, team, other) = (Arc::new(Live::default()), team(), NodeIx(1));
     let s = add(&live, &team);
     assert!(live.marks(other).is_empty());
-    let difference = live.observe(other, &live.marks(other), vec![]);
+    let difference = live.observe(other, &live.marks(other), vec![], Instant::now());
     assert!(difference.gone.is_empty(), "{difference:?}");
     // The same id on another node is nobody's.
-    let difference = live.observe(other, &live.marks(other), vec![observed(&s)]);
+    let difference = live.observe(other, &live.marks(other), vec![observed(&s)], Instant::now());
     assert_eq!(difference.unknown, [observed(&s)]);
     assert!(live.find(&s.id, &team, NOW).is_some());
 }
@@ -239,7 +260,7 @@ fn a_stale_answer_undoes_nothing() {
     let born = add(&live, &team);
     live.move_end(&moved.id, &moved.execution, UnixMillis(9_000)).expect("it was there");
     live.remove(&ended.id, &ended.execution).expect("it was there");
-    let difference = live.observe(NODE, &before, answer);
+    let difference = live.observe(NODE, &before, answer, Instant::now());
     assert!(difference.gone.is_empty(), "{difference:?}");
     assert!(difference.moved.is_empty(), "{difference:?}");
     assert!(difference.unknown.is_empty(), "{difference:?}");

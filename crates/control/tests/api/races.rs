@@ -184,3 +184,37 @@ async fn of_a_kill_and_an_end_by_itself_the_first_is_written() {
     db.close().await;
     rig.stop().await;
 }
+
+#[tokio::test]
+async fn an_end_that_is_noticed_before_it_is_told_has_its_own_reason() {
+    let often = belljar_control::Config {
+        reconcile_interval: std::time::Duration::from_millis(50),
+        ..config()
+    };
+    let rig = Rig::start_with(often).await;
+    let client = &rig.control.client;
+    let id = rig.create(CREATE).await;
+    let gone = rig.node.state.end_silently(&id);
+    // A reconcile that lists the node after the first of these has ended before the third.
+    let mut lists = rig.node.state.lists.subscribe();
+    let before = *lists.borrow_and_update();
+    lists.wait_for(|lists| *lists >= before + 3).await.expect("the node outlives its calls");
+    client.get(&format!("/sandboxes/{id}")).await.assert_error(404, "doesn't exist");
+    rig.node.state.report(&gone, "crashed");
+    let file = rig.dir.path().join("control.db");
+    let db = SqlitePool::connect(&format!("sqlite:{}", file.display())).await.expect("the store");
+    let reason = async || -> Option<String> {
+        sqlx::query_scalar::<_, Option<String>>(
+            "SELECT end_reason FROM sandboxes WHERE sandbox_id = ?",
+        )
+        .bind(&id)
+        .fetch_optional(&db)
+        .await
+        .expect("a row")
+        .flatten()
+    };
+    eventually("its end is written", || async { reason().await.is_some() }).await;
+    assert_eq!(reason().await.as_deref(), Some("crashed"));
+    db.close().await;
+    rig.stop().await;
+}

@@ -55,6 +55,8 @@ pub(crate) struct State {
     pub(crate) ends_set: Mutex<Vec<(String, i64)>>,
     /// While true, ends are moved and nobody is told.
     pub(crate) hold_end_moves: watch::Sender<bool>,
+    /// How often it was asked what it holds.
+    pub(crate) lists: watch::Sender<u64>,
     pub(crate) more_templates: Mutex<Vec<TemplateInfo>>,
     /// The log of every sandbox.
     pub(crate) log: Mutex<Vec<LogEntry>>,
@@ -81,6 +83,7 @@ impl FakeNode {
             hold_creates: watch::channel(false).0,
             ends_set: Mutex::default(),
             hold_end_moves: watch::channel(false).0,
+            lists: watch::channel(0).0,
             more_templates: Mutex::default(),
             log: Mutex::default(),
             log_requests: Mutex::default(),
@@ -147,9 +150,9 @@ impl State {
         self.report(&gone, reason);
     }
 
-    /// Ends a sandbox without telling anybody.
-    pub(crate) fn end_silently(&self, id: &str) {
-        self.sandboxes.lock().expect("no panic holds it").remove(id).expect("it runs");
+    /// Ends a sandbox without telling anybody; whoever gets what is answered may tell it later.
+    pub(crate) fn end_silently(&self, id: &str) -> SandboxInfo {
+        self.sandboxes.lock().expect("no panic holds it").remove(id).expect("it runs")
     }
 
     /// A sandbox that was asked for runs, whether or not anybody was told.
@@ -168,7 +171,8 @@ impl State {
         self.sandboxes.lock().expect("no panic holds it")[id].end_at_unix_ms
     }
 
-    fn report(&self, gone: &SandboxInfo, reason: &str) {
+    /// Tells everybody who watches that a sandbox ended.
+    pub(crate) fn report(&self, gone: &SandboxInfo, reason: &str) {
         // Nobody listens before the first watch.
         let _listeners = self.ended.send(watch_sandboxes_response::Ended {
             sandbox_id: gone.sandbox_id.clone(),
@@ -273,6 +277,7 @@ impl NodeService for Service {
         request: ServiceRequest<'_, ListSandboxesRequest>,
     ) -> ServiceResult<ListSandboxesResponse> {
         let after = request.to_owned_message().after_sandbox_id;
+        self.0.lists.send_modify(|lists| *lists += 1);
         let sandboxes = self.0.sandboxes.lock().expect("no panic holds it");
         let mut sandboxes: Vec<SandboxInfo> =
             sandboxes.values().filter(|info| info.sandbox_id > after).cloned().collect();

@@ -80,7 +80,7 @@ pub struct Ended {
     pub reason: EndReason,
 }
 
-/// A sandbox that ended with a run of this program, when nobody could be told.
+/// A sandbox that ended when nobody could be told: with a run of this program, or unheard.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Untold {
     /// Which.
@@ -114,20 +114,28 @@ pub struct Untold {
 pub enum UntoldHow {
     /// The program was killed; a later run removed what was left.
     Lost,
-    /// The program was stopped, and ended it first.
-    Shutdown,
+    /// The program ended it, while nobody listened or because it was stopped itself.
+    Ended(EndReason),
 }
 
 impl UntoldHow {
+    const ALL: [UntoldHow; 5] = [
+        UntoldHow::Lost,
+        UntoldHow::Ended(EndReason::Killed),
+        UntoldHow::Ended(EndReason::Expired),
+        UntoldHow::Ended(EndReason::Crashed),
+        UntoldHow::Ended(EndReason::Shutdown),
+    ];
+
     /// The word on disk and on the wire.
     pub fn as_str(self) -> &'static str {
         match self {
             UntoldHow::Lost => "lost",
-            UntoldHow::Shutdown => "shutdown",
+            UntoldHow::Ended(reason) => reason.as_str(),
         }
     }
 
     pub(crate) fn parse(word: &str) -> Option<UntoldHow> {
-        [UntoldHow::Lost, UntoldHow::Shutdown].into_iter().find(|how| how.as_str() == word)
+        UntoldHow::ALL.into_iter().find(|how| how.as_str() == word)
     }
 }

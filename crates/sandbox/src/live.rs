@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use belljar_daemon::clock;
 use belljar_daemon::fault::{Point, reach};
 use belljar_domain::UnixMillis;
 use belljar_domain::lifecycle::EndReason;
@@ -47,13 +48,26 @@ impl Inner {
         let running = Arc::clone(&owner.running);
         let inbox = owner.end(&self.untold, reason).await;
         let info = &running.info;
+        // Before it leaves the table: who listens from now on and does not find it there, finds this.
+        if self.ended.receiver_count() == 0 {
+            self.note_unheard(info, reason);
+        }
         self.table().leave(&info.sandbox_id);
         let (sandbox_id, execution_id) = (info.sandbox_id.clone(), info.execution_id.clone());
         reach(Point::OwnerBeforeNotice);
-        // Nobody may be listening, which is fine.
-        let _unheard = self.ended.send(Ended { sandbox_id, execution_id, reason }).is_err();
+        if self.ended.send(Ended { sandbox_id, execution_id, reason }).is_err() {
+            // The last listener left meanwhile; what is noted already stands.
+            self.note_unheard(info, reason);
+        }
         reach(Point::OwnerNoticeSent);
         drop(inbox);
+    }
+
+    fn note_unheard(&self, info: &SandboxInfo, reason: EndReason) {
+        if let Err(e) = self.untold.note_ended(info, reason, clock::now()) {
+            let sandbox_id = &info.sandbox_id;
+            warn!(%sandbox_id, error = %e, "the end is not noted: who asks later will not find it");
+        }
     }
 
     /// Starts the sandbox and tells everybody; `None` when it did not start.

@@ -140,7 +140,7 @@ impl Owner {
         inbox.close();
         drop(control);
         if reason == EndReason::Shutdown
-            && let Err(e) = untold.note_shutdown(info, clock::now())
+            && let Err(e) = untold.note_ended(info, reason, clock::now())
         {
             let sandbox_id = &info.sandbox_id;
             warn!(%sandbox_id, error = %e, "the end is not noted: who asks later will not find it");

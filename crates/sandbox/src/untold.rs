@@ -3,11 +3,15 @@
 //! One JSON file a run of a sandbox, `<folder>/<execution id>.json`, written under a temporary name
 //! and renamed. The first word on a run stands: a sandbox that ended with an orderly stop stays
 //! that, even when the stop itself was cut short.
+//!
+//! Format 1 knew `lost` and `shutdown`; format 2 has every reason for which a sandbox ends, and is
+//! otherwise the same. Both are read.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use belljar_domain::lifecycle::EndReason;
 use belljar_domain::{ExecutionId, MiB, UnixMillis, Vcpus};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
@@ -15,8 +19,7 @@ use tracing::warn;
 use crate::info::{SandboxInfo, Untold, UntoldHow};
 use crate::ledger::{Entry, Run, write_private};
 
-/// The only format so far.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Most ends kept; beyond it the oldest go. Many times what a host holds at once.
 const KEPT_MAX: usize = 100_000;
 /// Longest answer of [`UntoldEnds::list`]: texts of this many bytes, or the first end alone.
@@ -66,11 +69,16 @@ impl UntoldEnds {
         })
     }
 
-    /// Notes a sandbox that ends because the program does.
-    pub(crate) fn note_shutdown(&self, info: &SandboxInfo, now: UnixMillis) -> io::Result<()> {
+    /// Notes a sandbox that the program ends, for `reason`.
+    pub(crate) fn note_ended(
+        &self,
+        info: &SandboxInfo,
+        reason: EndReason,
+        now: UnixMillis,
+    ) -> io::Result<()> {
         self.note(Record {
             format: FORMAT,
-            how: UntoldHow::Shutdown.as_str().to_owned(),
+            how: UntoldHow::Ended(reason).as_str().to_owned(),
             noticed_at_unix_ms: now.0,
             sandbox_id: info.sandbox_id.to_string(),
             execution_id: info.execution_id.to_string(),
@@ -174,7 +182,12 @@ fn read(path: &Path) -> io::Result<Option<Untold>> {
 }
 
 fn parse(record: Record) -> Option<Untold> {
-    if record.format != FORMAT {
+    let how = UntoldHow::parse(&record.how)?;
+    let known = match record.format {
+        1 => matches!(how, UntoldHow::Lost | UntoldHow::Ended(EndReason::Shutdown)),
+        format => format == FORMAT,
+    };
+    if !known {
         return None;
     }
     Some(Untold {
@@ -189,7 +202,7 @@ fn parse(record: Record) -> Option<Untold> {
         memory: MiB(record.run.memory_mib),
         disk: MiB(record.run.disk_mib),
         noticed_at: UnixMillis(record.noticed_at_unix_ms),
-        how: UntoldHow::parse(&record.how)?,
+        how,
     })
 }
 
@@ -268,5 +281,33 @@ mod tests {
         ends.trim(3).expect("trim");
         assert_eq!(ends.list().expect("list").len(), 3);
         assert!(!folder.join("y.tmp").exists());
+    }
+
+    #[test]
+    fn both_formats_are_read_and_others_are_not() {
+        let (dir, ends) = open();
+        let folder = dir.path().join("untold");
+        let record = |format: u32, how: &str| {
+            let execution = ExecutionId::random();
+            let text = format!(
+                r#"{{"format":{format},"how":"{how}","noticed_at_unix_ms":7,
+                "sandbox_id":"{}","execution_id":"{execution}","started_at_unix_ms":5,
+                "run":{{"template_id":"{}","build_id":"{}","end_at_unix_ms":9,"vcpus":2,
+                "memory_mib":512,"disk_mib":1024,"terms":"whose"}}}}"#,
+                SandboxId::random(),
+                TemplateId::random(),
+                BuildId::random(),
+            );
+            std::fs::write(folder.join(format!("{execution}.json")), text).expect("write");
+        };
+        for (format, how) in [(1, "lost"), (1, "shutdown"), (2, "crashed"), (2, "killed")] {
+            record(format, how);
+        }
+        for (format, how) in [(1, "crashed"), (2, "unheard of"), (3, "lost")] {
+            record(format, how);
+        }
+        let mut how: Vec<_> = ends.list().expect("list").iter().map(|e| e.how.as_str()).collect();
+        how.sort_unstable();
+        assert_eq!(how, ["crashed", "killed", "lost", "shutdown"]);
     }
 }

@@ -175,6 +175,7 @@ async fn a_sandbox_that_waits_to_start_or_starts_can_be_killed() {
 async fn a_stop_and_a_crash_are_told_of_afterwards() {
     let (rig, scope) = (Rig::new(8).await, Scope::root("test"));
     let (sandboxes, _) = rig.open(rig.limits(), &scope).await;
+    let listener = sandboxes.watch();
     let later = rig.clock.now().plus(HOUR);
     let stopped = sandboxes.create(rig.request(later)).await.expect("create");
     let killed = sandboxes.create(rig.request(later)).await.expect("create");
@@ -185,6 +186,7 @@ async fn a_stop_and_a_crash_are_told_of_afterwards() {
     let entry = rig.dir.path().join(format!("ledger/{}.json", lost.sandbox_id));
     let left = std::fs::read(&entry).expect("an entry");
     assert!(scope.close(PATIENCE).await);
+    drop(listener);
     rig.assert_nothing_left();
     std::fs::write(&entry, left).expect("put it back");
     let told = rig.dir.path().join(format!("untold/{}.json", lost.execution_id));
@@ -198,7 +200,7 @@ async fn a_stop_and_a_crash_are_told_of_afterwards() {
     let [lost_end, stopped_end] = &ends[..] else { panic!("two ends: {ends:?}") };
     assert_eq!((&lost_end.sandbox_id, lost_end.how), (&lost.sandbox_id, UntoldHow::Lost));
     assert_eq!(stopped_end.sandbox_id, stopped.sandbox_id);
-    assert_eq!(stopped_end.how, UntoldHow::Shutdown);
+    assert_eq!(stopped_end.how, UntoldHow::Ended(EndReason::Shutdown));
     for end in &ends {
         assert_eq!((&*end.terms, end.end_at), ("whose it is", later));
         assert_eq!((end.vcpus.0, end.memory.0, end.disk.0), (2, 16, 1));
@@ -206,6 +208,32 @@ async fn a_stop_and_a_crash_are_told_of_afterwards() {
     let executions = ends.into_iter().map(|end| end.execution_id).collect();
     sandboxes.forget_untold(executions).await.expect("forget");
     assert!(sandboxes.untold().await.expect("list").is_empty());
+    assert!(scope.close(PATIENCE).await);
+    rig.assert_nothing_left();
+}
+
+#[tokio::test]
+async fn ends_that_nobody_listens_to_are_told_of_afterwards() {
+    let (rig, scope) = (Rig::new(8).await, Scope::root("test"));
+    let (sandboxes, _) = rig.open(rig.limits(), &scope).await;
+    let (now, listener) = (rig.clock.now(), sandboxes.watch());
+    let heard = sandboxes.create(rig.request(now.plus(HOUR))).await.expect("create");
+    sandboxes.kill(&heard.sandbox_id).await.expect("kill");
+    drop(listener);
+    let killed = sandboxes.create(rig.request(now.plus(HOUR))).await.expect("create");
+    sandboxes.kill(&killed.sandbox_id).await.expect("kill");
+    let expired = sandboxes.create(rig.request(now.plus(HOUR))).await.expect("create");
+    rig.clock.set(now.plus(2 * HOUR));
+    until(|| sandboxes.list(None).is_empty()).await;
+    let mut ends = sandboxes.untold().await.expect("list");
+    ends.sort_by_key(|end| end.how.as_str());
+    let found: Vec<_> = ends.iter().map(|end| (&end.sandbox_id, end.how)).collect();
+    let ended = UntoldHow::Ended;
+    let expected = [
+        (&expired.sandbox_id, ended(EndReason::Expired)),
+        (&killed.sandbox_id, ended(EndReason::Killed)),
+    ];
+    assert_eq!(found, expected);
     assert!(scope.close(PATIENCE).await);
     rig.assert_nothing_left();
 }

@@ -11,8 +11,9 @@
 //!     └── it is not there ──┘
 //! ```
 //!
-//! In memory only. A restarted control plane learns the keys of living sandboxes again from their
-//! terms; those of ended ones are forgotten with the process.
+//! In memory only. A restarted control plane learns the keys of sandboxes that live or start again
+//! from their terms; what starts is unknown at first. Those of ended ones are forgotten with the
+//! process.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -190,6 +191,18 @@ impl Keys {
         Ok(Begin::Fresh(Ticket { keys: Arc::clone(self), team: team.clone(), key: key.key }))
     }
 
+    /// Learns the key of a create that an earlier life of this process began, and whose outcome is
+    /// unknown until the ticket is done or dropped. `None` when the key stands for something here.
+    pub(crate) fn learn_unknown(self: &Arc<Self>, team: &TeamId, key: Key) -> Option<Ticket> {
+        let mut teams = self.lock();
+        let keys = teams.entry(team.clone()).or_default();
+        if keys.entries.contains_key(&key.key) {
+            return None;
+        }
+        keys.put(key, Stage::Unknown);
+        Some(Ticket { keys: Arc::clone(self), team: team.clone(), key: key.key })
+    }
+
     /// Learns the key of a sandbox from an earlier life of this process. Where two have the same
     /// one, the later counts: it is the one that was answered.
     pub(crate) fn learn(&self, key: Key, sandbox: &Arc<Sandbox>) {
@@ -290,6 +303,17 @@ mod tests {
         assert_eq!(begin(&keys, &team, key).expect_err("unknown"), KeyTaken::OutcomeUnknown);
         drop(ticket);
         assert!(keys.lock().is_empty(), "a team without keys costs nothing");
+        drop(fresh(&keys, &team, key));
+    }
+
+    #[test]
+    fn what_an_earlier_process_began_is_unknown_until_it_is_settled() {
+        let (keys, team, key) = (Arc::new(Keys::default()), team(), Key::new("a", b"1"));
+        let ticket = keys.learn_unknown(&team, key).expect("a vacant key");
+        assert!(keys.learn_unknown(&team, key).is_none(), "it is learned once");
+        assert_eq!(begin(&keys, &team, key).expect_err("unknown"), KeyTaken::OutcomeUnknown);
+        drop(ticket);
+        assert!(keys.lock().is_empty());
         drop(fresh(&keys, &team, key));
     }
 

@@ -127,8 +127,8 @@ pub(crate) struct Description {
 #[derive(Debug, Default)]
 pub(crate) struct Holds {
     pub(crate) running: Vec<Observed>,
-    /// Those whose guest is not ready yet.
-    pub(crate) starting: Vec<SandboxId>,
+    /// Those whose guest is not ready yet, with their terms where the node sent them.
+    pub(crate) starting: Vec<(SandboxId, String)>,
 }
 
 /// A sandbox that ended with its node, before anybody was told.
@@ -251,7 +251,10 @@ impl Node {
                 .map_err(|source| NodeCallError { what: LIST, source })?
                 .into_owned();
             holds.running.extend(page.sandboxes.iter().filter_map(answers::readable));
-            holds.starting.extend(page.starting.iter().filter_map(|s| s.sandbox_id.parse().ok()));
+            let starting = page.starting.into_iter();
+            holds
+                .starting
+                .extend(starting.filter_map(|s| Some((s.sandbox_id.parse().ok()?, s.terms))));
             if page.next_after_sandbox_id.is_empty() {
                 return Ok(holds);
             }

@@ -9,6 +9,8 @@
 //! - on the node, not here: adopted, on the terms the store has, or else those the node was given
 //!   with it; killed when there are none, when its team is gone, or when nobody can know its id;
 //! - ended with an earlier run of the node: written to the store, then forgotten on the node;
+//! - starting on the node for an earlier life of this process: its idempotency key is in doubt
+//!   until the sandbox runs or is gone;
 //! - the store differs from the table: written again.
 //!
 //! A sandbox of a node that is away stays in the table until the node says otherwise. The store
@@ -61,7 +63,8 @@ pub(crate) enum ReconcileError {
 enum Settled {
     /// It did.
     Yes,
-    /// Sandboxes are missing on the node, and it may still say why.
+    /// Sandboxes are missing on the node, and it may still say why; or an earlier life of this
+    /// process began some there, and somebody may ask for them by a key.
     NotYet,
 }
 
@@ -193,7 +196,8 @@ async fn reconcile(app: &App, node: &Member) -> Result<Settled, ReconcileError> 
     node.describe(node.rpc.describe().await?);
 
     let on_node: HashSet<ExecutionId> = seen.iter().map(|o| o.execution.clone()).collect();
-    let held: HashSet<SandboxId> = seen.iter().map(|o| o.id.clone()).chain(starting).collect();
+    let starts = starting.iter().map(|(id, _)| id.clone());
+    let held: HashSet<SandboxId> = seen.iter().map(|o| o.id.clone()).chain(starts).collect();
     let difference = app.live.observe(node.ix, &before, seen, Instant::now());
     let now = clock::now();
     for sandbox in &difference.missing {
@@ -210,7 +214,9 @@ async fn reconcile(app: &App, node: &Member) -> Result<Settled, ReconcileError> 
     }
     let rows: HashMap<ExecutionId, RunRow> =
         rows.into_iter().map(|row| (row.execution.clone(), row)).collect();
-    let settled = if difference.missing.is_empty() { Settled::Yes } else { Settled::NotYet };
+    let awaited = await_starting(app, node, &before, starting);
+    let nothing_open = difference.missing.is_empty() && !awaited;
+    let settled = if nothing_open { Settled::Yes } else { Settled::NotYet };
     let strangers = adopt(app, node, difference.unknown, &rows).await?;
     for id in astray.iter().filter(|id| !held.contains(id)) {
         // It is not there: whoever asks again with its key gets another one.
@@ -269,6 +275,31 @@ async fn adopt(
         }
     }
     Ok(strangers)
+}
+
+/// Claims sandboxes that start on `node` and were begun by an earlier life of this process, for
+/// whoever asks again with their key: otherwise that would begin another one. True when there are
+/// some to look at again.
+fn await_starting(
+    app: &App,
+    node: &Member,
+    before: &Marks,
+    starting: Vec<(SandboxId, String)>,
+) -> bool {
+    let mut awaited = false;
+    for (id, terms) in starting {
+        if before.contains_key(&id) || app.live.contains(&id) {
+            continue;
+        }
+        let Some(Written { terms, key: Some(key) }) = terms::read(&terms) else { continue };
+        awaited = true;
+        // None when it is claimed already.
+        if let Some(ticket) = app.repeats.learn_unknown(&terms.team, key) {
+            app.unsettled.add(&id, node.ix);
+            app.unsettled.claim(&id, ticket);
+        }
+    }
+    awaited
 }
 
 /// Which teams there are, as far as was asked.

@@ -99,12 +99,24 @@ pub(crate) fn sandbox_page(infos: &[SandboxInfo]) -> (Vec<pb::SandboxInfo>, Stri
     (page, next.unwrap_or_default())
 }
 
-pub(crate) fn starting(starting: Starting) -> pb::StartingSandbox {
-    pb::StartingSandbox {
-        sandbox_id: starting.sandbox_id.to_string(),
-        execution_id: starting.execution_id.to_string(),
-        ..pb::StartingSandbox::default()
-    }
+/// Terms of those that start, bytes: they go with a page of sandboxes, and both fit one message.
+const STARTING_TERMS_BYTES: usize = PAGE_BYTES / 4;
+
+/// All of `starting`, with the terms of as many as fit one answer.
+pub(crate) fn starting(starting: Vec<Starting>) -> Vec<pb::StartingSandbox> {
+    let mut bytes = 0;
+    let convert = |starting: Starting| {
+        let fits = bytes + starting.terms.len() <= STARTING_TERMS_BYTES;
+        bytes += if fits { starting.terms.len() } else { 0 };
+        let terms = if fits { starting.terms.to_string() } else { String::new() };
+        pb::StartingSandbox {
+            sandbox_id: starting.sandbox_id.to_string(),
+            execution_id: starting.execution_id.to_string(),
+            terms,
+            ..pb::StartingSandbox::default()
+        }
+    };
+    starting.into_iter().map(convert).collect()
 }
 
 pub(crate) fn untold(end: Untold) -> pb::ReclaimedSandbox {
@@ -294,4 +306,22 @@ pub(crate) fn ended(ended: &Ended) -> pb::WatchSandboxesResponse {
         ..pb::watch_sandboxes_response::Ended::default()
     };
     pb::WatchSandboxesResponse { ended: notice.into(), ..pb::WatchSandboxesResponse::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use belljar_domain::ExecutionId;
+
+    #[test]
+    fn all_that_start_are_told_with_the_terms_that_fit() {
+        let one = |terms: usize| Starting {
+            sandbox_id: SandboxId::random(),
+            execution_id: ExecutionId::random(),
+            terms: "x".repeat(terms).into(),
+        };
+        let told = starting(vec![one(9), one(STARTING_TERMS_BYTES), one(STARTING_TERMS_BYTES - 9)]);
+        let lengths: Vec<usize> = told.iter().map(|starting| starting.terms.len()).collect();
+        assert_eq!(lengths, [9, 0, STARTING_TERMS_BYTES - 9]);
+    }
 }

@@ -104,7 +104,7 @@ impl pb::NodeService for Node {
         Response::ok(pb::ListSandboxesResponse {
             sandboxes,
             next_after_sandbox_id: next,
-            starting: starts.into_iter().map(starting).collect(),
+            starting: starting(starts),
             ..pb::ListSandboxesResponse::default()
         })
     }

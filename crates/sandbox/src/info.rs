@@ -67,6 +67,8 @@ pub struct Starting {
     pub sandbox_id: SandboxId,
     /// Which run of it.
     pub execution_id: ExecutionId,
+    /// What the caller of the create gave with it.
+    pub terms: Arc<str>,
 }
 
 /// A sandbox that is gone.

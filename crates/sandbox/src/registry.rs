@@ -176,6 +176,7 @@ impl Sandboxes {
         let meta = &template.template.meta;
         let entry = Entry {
             execution_id: request.execution_id.clone(),
+            terms: Arc::clone(&request.terms),
             commands,
             share: Allocated::one(meta.vcpus, meta.memory, meta.disk),
             running: None,
@@ -210,6 +211,7 @@ impl Sandboxes {
             .map(|(id, entry)| Starting {
                 sandbox_id: id.clone(),
                 execution_id: entry.execution_id.clone(),
+                terms: Arc::clone(&entry.terms),
             })
             .collect()
     }

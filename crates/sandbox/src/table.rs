@@ -18,6 +18,7 @@ use crate::metrics::Samples;
 /// A sandbox's place in the table, from the moment its id is taken until nothing of it is left.
 pub(crate) struct Entry {
     pub(crate) execution_id: ExecutionId,
+    pub(crate) terms: Arc<str>,
     pub(crate) commands: Slit,
     /// What it takes of this host.
     pub(crate) share: Allocated,

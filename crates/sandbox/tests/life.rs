@@ -116,6 +116,7 @@ async fn refusals_name_their_limit() {
         let limit = Refused::StartingSlots { limit: 1, waited_ms: 50 };
         assert_eq!(refused(&sandboxes, &rig).await, limit);
         assert_eq!(sandboxes.starting()[0].sandbox_id, id);
+        assert_eq!(&*sandboxes.starting()[0].terms, "whose it is");
         assert!(sandboxes.list(None).is_empty());
     };
     let (started, ()) = tokio::join!(starts, meanwhile);

@@ -1,7 +1,8 @@
 //! `Idempotency-Key`: the same create asked for again. Source: contract sections 1.2 and 10.
 
 use belljar_control::ApiKey;
-use belljar_wire::rpc::belljar::node::v1::CreateSandboxRequest;
+use belljar_domain::{ExecutionId, SandboxId};
+use belljar_wire::rpc::belljar::node::v1::{CreateSandboxRequest, StartingSandbox};
 use connectrpc::ConnectError;
 
 use crate::support::client::Client;
@@ -154,4 +155,41 @@ async fn a_control_plane_that_restarts_knows_the_keys_of_what_runs() {
     other.assert_refused(422, "idempotency_request_mismatch", ("false", None));
     control.stop().await;
     node.stop().await;
+}
+
+#[tokio::test]
+async fn a_control_plane_that_restarts_knows_the_keys_of_what_still_starts() {
+    for arrives in [true, false] {
+        let Rig { dir, node, control } = Rig::start().await;
+        let state = node.state.clone();
+        let gone = control.client.create_keyed(V2, "k", BODY).await.sandbox_id();
+        let mut asked = the_create_at_the_node(&state).await;
+        assert_eq!(control.client.delete(&format!("/sandboxes/{gone}")).await.status, 204);
+        control.stop().await;
+        // As if it had died in the middle of another one.
+        asked.sandbox_id = SandboxId::random().to_string();
+        asked.execution_id = ExecutionId::random().to_string();
+        let starting = StartingSandbox {
+            sandbox_id: asked.sandbox_id.clone(),
+            execution_id: asked.execution_id.clone(),
+            terms: asked.terms.clone(),
+            ..Default::default()
+        };
+        *state.starting.lock().expect("no panic holds it") = vec![starting];
+
+        let control = Control::start(dir.path(), config()).await;
+        let client = &control.client;
+        let early = client.create_keyed(V2, "k", BODY).await;
+        early.assert_refused(409, "idempotency_outcome_unknown", ("true", Some("1")));
+        assert_eq!(creates(&state), 1, "no second one is begun");
+        if arrives {
+            state.run(&asked);
+        }
+        state.starting.lock().expect("no panic holds it").clear();
+        let found = eventually_created(client).await;
+        assert_eq!(found == asked.sandbox_id, arrives);
+        assert_eq!(state.sandboxes.lock().expect("no panic holds it").len(), 1);
+        control.stop().await;
+        node.stop().await;
+    }
 }

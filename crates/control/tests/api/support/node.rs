@@ -14,7 +14,8 @@ use belljar_wire::rpc::belljar::node::v1::{
     NodeServiceExt as _, NodeStatus, ReclaimedSandbox, SandboxInfo, SandboxLogsRequest,
     SandboxLogsResponse, SandboxMetricsRequest, SandboxMetricsResponse, SandboxSamples,
     SetNodeStatusRequest, SetNodeStatusResponse, SetSandboxEndRequest, SetSandboxEndResponse,
-    TemplateInfo, WatchSandboxesRequest, WatchSandboxesResponse, watch_sandboxes_response,
+    StartingSandbox, TemplateInfo, WatchSandboxesRequest, WatchSandboxesResponse,
+    watch_sandboxes_response,
 };
 use connectrpc::{
     ConnectError, ConnectRpcService, RequestContext, Response, Router, ServiceRequest,
@@ -55,6 +56,8 @@ pub(crate) struct State {
     pub(crate) ends_set: Mutex<Vec<(String, i64)>>,
     /// While true, ends are moved and nobody is told.
     pub(crate) hold_end_moves: watch::Sender<bool>,
+    /// What it says starts, with the sandboxes.
+    pub(crate) starting: Mutex<Vec<StartingSandbox>>,
     /// How often it was asked what it holds.
     pub(crate) lists: watch::Sender<u64>,
     pub(crate) more_templates: Mutex<Vec<TemplateInfo>>,
@@ -83,6 +86,7 @@ impl FakeNode {
             hold_creates: watch::channel(false).0,
             ends_set: Mutex::default(),
             hold_end_moves: watch::channel(false).0,
+            starting: Mutex::default(),
             lists: watch::channel(0).0,
             more_templates: Mutex::default(),
             log: Mutex::default(),
@@ -289,6 +293,7 @@ impl NodeService for Service {
         Response::ok(ListSandboxesResponse {
             sandboxes,
             next_after_sandbox_id: next.unwrap_or_default(),
+            starting: self.0.starting.lock().expect("no panic holds it").clone(),
             ..Default::default()
         })
     }

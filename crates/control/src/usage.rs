@@ -61,9 +61,8 @@ pub(crate) async fn sample(app: &App) -> Result<(), Infallible> {
         waiting.extend(samples(moment, running, app.usage.take(), &mut active));
         let excess = waiting.len().saturating_sub(MAX_WAITING);
         waiting.drain(..excess);
-        match app.store.add_usage(&waiting).await {
-            Ok(()) => waiting.clear(),
-            Err(e) => warn!(error = %e, waiting = waiting.len(), "usage was not written yet"),
+        if let Err(e) = app.store.add_usage(&mut waiting).await {
+            warn!(error = %e, waiting = waiting.len(), "usage was not written yet");
         }
         if tidied.is_none_or(|at| at.elapsed() >= TIDY_EVERY) {
             tidied = Some(Instant::now());

@@ -71,6 +71,12 @@ impl Store {
         assert_eq!(done.expect("the team's row"), 1);
     }
 
+    /// Runs a statement that both databases understand.
+    pub(crate) async fn run(&self, statement: &'static str) {
+        let done = on_pool!(self, pool => sqlx::query(statement).execute(pool).await.map(drop));
+        done.expect("a statement");
+    }
+
     /// Writes one event in a transaction of its own.
     pub(crate) async fn record(&self, event: &Event) {
         let mut tx = self.begin("begin").await.expect("a transaction");

@@ -42,10 +42,13 @@ pub(crate) enum UsagePeak {
 }
 
 impl Store {
-    /// Adds samples. Two of one team and moment become one, so that several control planes count
-    /// together. Samples of teams that are gone are passed over.
-    pub(crate) async fn add_usage(&self, samples: &[UsageSample]) -> Result<(), StoreError> {
-        for batch in samples.chunks(BATCH) {
+    /// Adds samples and takes out of `samples` what is written: after a failure the rest is left. Two of
+    /// one team and moment become one, so that several control planes count together. Samples of
+    /// teams that are gone are passed over. Cancel-safe but for the batch under way, of which nobody
+    /// knows.
+    pub(crate) async fn add_usage(&self, samples: &mut Vec<UsageSample>) -> Result<(), StoreError> {
+        while !samples.is_empty() {
+            let batch = &samples[..samples.len().min(BATCH)];
             let mut tx = self.begin("write what teams use").await?;
             for sample in batch {
                 on_tx!(&mut tx, connection => {
@@ -70,6 +73,8 @@ impl Store {
                 });
             }
             tx.commit("write what teams use").await?;
+            let written = batch.len();
+            samples.drain(..written);
         }
         Ok(())
     }
@@ -225,17 +230,17 @@ mod tests {
             let team = store.ensure_team("a").await.expect("a team").id;
             let other = store.ensure_team("b").await.expect("a team").id;
             let gone = TeamId::random();
-            let many: Vec<_> = (0..600).map(|n| sample(&other, n * 5_000, 1, 0)).collect();
-            store.add_usage(&many).await.expect("many samples");
-            let samples = [
+            let mut many: Vec<_> = (0..600).map(|n| sample(&other, n * 5_000, 1, 0)).collect();
+            store.add_usage(&mut many).await.expect("many samples");
+            let mut samples = vec![
                 sample(&team, 0, 3, 3),
                 sample(&team, 5_000, 9, 6),
                 sample(&team, 10_000, 2, 0),
                 sample(&gone, 0, 7, 7),
             ];
-            store.add_usage(&samples).await.expect("samples");
+            store.add_usage(&mut samples).await.expect("samples");
             // Another control plane at the same moment.
-            store.add_usage(&[sample(&team, 10_000, 1, 4)]).await.expect("a sample");
+            store.add_usage(&mut vec![sample(&team, 10_000, 1, 4)]).await.expect("a sample");
             assert_eq!(steps(&store, &team, 5_000).await, [(0, 3, 3), (1, 9, 6), (2, 2, 4)]);
             assert_eq!(steps(&store, &team, 10_000).await, [(0, 9, 9), (1, 2, 4)]);
             assert_eq!(steps(&store, &other, DAY).await, [(0, 1, 0)]);
@@ -249,6 +254,29 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_is_written_before_a_failure_is_not_written_again() {
+        on_both(async |bench: Bench| {
+            let store = bench.store().await;
+            let team = store.ensure_team("a").await.expect("a team").id;
+            let first = i64::try_from(BATCH).expect("a few hundred");
+            let mut samples: Vec<_> = (0..first).map(|n| sample(&team, n, 1, 1)).collect();
+            samples.extend([sample(&team, first, 1, 13), sample(&team, first + 1, 1, 13)]);
+            // Fails the second batch, on either database.
+            store
+                .run("CREATE UNIQUE INDEX once ON usage_samples (started) WHERE started = 13")
+                .await;
+            store.add_usage(&mut samples).await.expect_err("a second 13");
+            assert_eq!(samples.len(), 2, "the first batch is through");
+            store.run("DROP INDEX once").await;
+            store.add_usage(&mut samples).await.expect("the rest");
+            assert!(samples.is_empty());
+            assert_eq!(steps(&store, &team, DAY).await, [(0, 1, first + 26)]);
+            store.close().await;
+        })
+        .await;
+    }
+
+    #[tokio::test]
     async fn the_highest_of_each_metric_is_found() {
         on_both(async |bench: Bench| {
             let store = bench.store().await;
@@ -256,7 +284,7 @@ mod tests {
             let samples = [(0, 3, 1), (5_000, 9, 0), (10_000, 9, 7), (15_000, 0, 7)];
             let samples =
                 samples.map(|(at, concurrent, started)| sample(&team, at, concurrent, started));
-            store.add_usage(&samples).await.expect("samples");
+            store.add_usage(&mut samples.to_vec()).await.expect("samples");
             let peak = async |peak, end| {
                 let (start, end) = (UnixMillis(0), UnixMillis(end));
                 store.usage_peak(&team, peak, start, end).await.expect("a peak")
@@ -279,7 +307,7 @@ mod tests {
             // Two hours: 5 s apart, each with one start, and a peak in the middle.
             let mut samples: Vec<_> = (0..1440).map(|n| sample(&team, n * 5_000, 2, 1)).collect();
             samples[700].concurrent = 50;
-            store.add_usage(&samples).await.expect("samples");
+            store.add_usage(&mut samples).await.expect("samples");
             let before = UnixMillis(3_600_000 + COARSE_MS + 1);
             assert!(store.thin_usage(before).await.expect("the first hour"));
             assert!(store.thin_usage(before).await.expect("what is left of it"));

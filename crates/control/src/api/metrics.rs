@@ -11,6 +11,7 @@ use belljar_daemon::clock;
 use belljar_domain::SandboxId;
 use belljar_wire::rest;
 use futures::future::join_all;
+use tracing::debug;
 
 use super::auth::Caller;
 use super::error::ApiError;
@@ -63,13 +64,14 @@ pub(crate) async fn of_one(
     Ok(JsonAnswer(metrics).into_response())
 }
 
-/// Shows what several sandboxes use now. Unknown ones are left out.
+/// Shows what several sandboxes use now. Unknown ones are left out, and so are those of a node that
+/// does not answer, unless no node does.
 #[utoipa::path(
     get, path = "/sandboxes/metrics", tag = "sandboxes",
     params(("sandbox_ids" = Vec<String>, Query, style = Form, explode = false, description = "Their ids, separated by commas", min_items = 1, max_items = 100)),
     responses(
         (status = 200, description = "The newest sample of each", body = rest::SandboxesWithMetrics),
-        (status = 504, description = "Their node did not answer in time"),
+        (status = 504, description = "No node of theirs answered in time"),
     ),
 )]
 pub(crate) async fn of_many(
@@ -92,12 +94,24 @@ pub(crate) async fn of_many(
         }
     }
     let questions = by_node.iter().map(|(&node, ids)| app.nodes.get(node).rpc.newest_samples(ids));
-    let mut sandboxes = BTreeMap::new();
+    let (mut sandboxes, mut answered, mut silent) = (BTreeMap::new(), false, None);
     for answer in join_all(questions).await {
-        let newest = answer.map_err(|error| {
-            ApiError::of_node(&error, "a node did not say what its sandboxes use; try again")
-        })?;
-        sandboxes.extend(newest.into_iter().map(|(id, sample)| (id.to_string(), metric(&sample))));
+        match answer {
+            Ok(newest) => {
+                answered = true;
+                let shown =
+                    newest.into_iter().map(|(id, sample)| (id.to_string(), metric(&sample)));
+                sandboxes.extend(shown);
+            }
+            Err(error) => {
+                debug!(error = %error, "a node did not say what its sandboxes use");
+                silent = Some(error);
+            }
+        }
+    }
+    if let Some(error) = silent.filter(|_| !answered) {
+        let message = "no node said what its sandboxes use; try again";
+        return Err(ApiError::of_node(&error, message));
     }
     Ok(JsonAnswer(rest::SandboxesWithMetrics { sandboxes }).into_response())
 }

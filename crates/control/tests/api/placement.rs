@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use belljar_wire::refusal::Refusal;
-use belljar_wire::rpc::belljar::node::v1::{Capacity, Load, NodeStatus};
+use belljar_wire::rpc::belljar::node::v1::{Capacity, Load, MetricsSample, NodeStatus};
 use connectrpc::ConnectError;
 use tempfile::TempDir;
 
@@ -164,6 +164,11 @@ async fn a_node_that_is_away_does_not_stop_the_others() {
     }
     let on_first = format!("/sandboxes/{}", on_first.expect("there is one"));
     let on_second = format!("/sandboxes/{}", on_second.expect("there is one"));
+    let sample = MetricsSample { at_unix_ms: 1_000, ..Default::default() };
+    let second = on_second.trim_start_matches("/sandboxes/").to_owned();
+    let mut samples = nodes[1].state.samples.lock().expect("no panic holds it");
+    samples.insert(second.clone(), vec![sample]);
+    drop(samples);
     let first = nodes.remove(0);
     let state = first.state.clone();
     first.stop().await;
@@ -172,6 +177,14 @@ async fn a_node_that_is_away_does_not_stop_the_others() {
     })
     .await;
     assert_eq!(client.get(&on_first).await.status, 200);
+    let figures = async |ids: String| {
+        let ids = ids.replace("/sandboxes/", "");
+        client.get(&format!("/sandboxes/metrics?sandbox_ids={ids}")).await
+    };
+    let some = figures(format!("{on_first},{on_second}")).await;
+    assert_eq!(some.status, 200, "{}", some.text);
+    assert!(some.json()["sandboxes"].get(&second).is_some(), "{}", some.text);
+    figures(on_first.clone()).await.assert_error(503, "try again");
     client.delete(&on_first).await.assert_error(503, "try again");
     assert_eq!(client.get(&on_first).await.status, 200);
     assert_eq!(client.delete(&on_second).await.status, 204);

@@ -99,7 +99,8 @@ impl ApiError {
         )
     }
 
-    fn internal() -> Self {
+    /// Something here broke; the log says what.
+    pub(super) fn internal() -> Self {
         Self::of_kind(Kind::Internal, "internal server error").coded("internal_server_error")
     }
 

@@ -3,6 +3,9 @@
 use belljar_control::Store;
 use http::Method;
 use serde_json::{Value, json};
+use sqlx::SqlitePool;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
 
 use crate::support::{ADMIN_TOKEN, Rig, eventually};
 
@@ -98,6 +101,44 @@ async fn a_team_with_sandboxes_stays_and_is_not_left_blocked() {
     })
     .await;
     keyed.get("/sandboxes").await.assert_error(401, "X-API-Key");
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn a_team_is_removed_to_the_end_when_the_operator_leaves() {
+    let rig = Rig::start().await;
+    let (team, _) = rig.team(json!({"name": "Lab"})).await;
+    let file = rig.dir.path().join("control.db");
+    let db = SqlitePool::connect(&format!("sqlite:{}", file.display())).await.expect("the store");
+    // The last step takes long enough for the operator to leave in it.
+    for statement in [
+        "CREATE TABLE many AS WITH RECURSIVE n(x) AS \
+         (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 4000) SELECT x FROM n",
+        "CREATE TRIGGER slow BEFORE DELETE ON teams BEGIN \
+         SELECT SUM(a.x * b.x) FROM many a, many b; END",
+    ] {
+        sqlx::query(statement).execute(&db).await.expect("a slow database");
+    }
+    let mut stream = TcpStream::connect(rig.control.address).await.expect("a connection");
+    let request = format!(
+        "DELETE /admin/teams/{team} HTTP/1.1\r\nHost: x\r\nX-Admin-Token: {ADMIN_TOKEN}\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await.expect("it is taken");
+    eventually("it is under way", || async {
+        let blocked: Option<Option<String>> =
+            sqlx::query_scalar("SELECT blocked_reason FROM teams WHERE id = ?")
+                .bind(&team)
+                .fetch_optional(&db)
+                .await
+                .expect("a row");
+        blocked.flatten().is_some()
+    })
+    .await;
+    drop(stream);
+    let path = format!("/admin/teams/{team}");
+    eventually("it is gone", || async { rig.admin("GET", &path, Value::Null).await.status == 404 })
+        .await;
+    db.close().await;
     rig.stop().await;
 }
 

@@ -19,6 +19,7 @@ use super::tiers::{limits, overrides, overrides_from};
 use super::{team_id, team_named};
 use crate::app::App;
 use crate::cidr::Cidr;
+use crate::lifecycle::shielded;
 use crate::limits::DEFAULT_TIER;
 use crate::store::{TeamChange, TeamDraft, TeamError, TeamRecord};
 use crate::team::TeamId;
@@ -106,7 +107,8 @@ pub(crate) async fn update(
     Ok(JsonAnswer(shown(changed)).into_response())
 }
 
-/// Removes a team with its keys, events and webhooks. One that has sandboxes stays.
+/// Removes a team with its keys, events and webhooks. One that has sandboxes stays. Goes on to its end
+/// when the caller leaves.
 #[utoipa::path(
     delete, path = "/admin/teams/{teamID}", tag = "admin",
     params(("teamID" = String, Path, description = "The team, a UUID")),
@@ -117,7 +119,15 @@ pub(crate) async fn update(
     ),
 )]
 pub(crate) async fn delete(State(app): State<Arc<App>>, Segments(id): Segments<String>) -> Answer {
-    let record = team_named(&app, &id).await?;
+    let this = Arc::clone(&app);
+    // A caller who leaves half way would leave a team that is blocked and not removed.
+    let work = async move { close_and_remove(&this, &id).await };
+    shielded(&app.scope, "remove team", work).await.unwrap_or_else(|| Err(ApiError::internal()))?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+async fn close_and_remove(app: &Arc<App>, id: &str) -> Result<(), ApiError> {
+    let record = team_named(app, id).await?;
     let team = &record.team.id;
     // Nobody may begin a sandbox between the look and the end.
     let closed = TeamChange {
@@ -126,15 +136,14 @@ pub(crate) async fn delete(State(app): State<Arc<App>>, Segments(id): Segments<S
     };
     app.store.change_team(team, &closed).await?;
     app.access.forget();
-    let outcome = remove(&app, team).await;
+    let outcome = remove(app, team).await;
     if outcome.is_err() {
         let as_before =
             TeamChange { blocked: Some(record.team.blocked.clone()), ..TeamChange::default() };
         app.store.change_team(team, &as_before).await?;
     }
     app.access.forget();
-    outcome?;
-    Ok(StatusCode::NO_CONTENT.into_response())
+    outcome
 }
 
 async fn remove(app: &App, team: &TeamId) -> Result<(), ApiError> {

@@ -227,7 +227,7 @@ impl Metrics {
 }
 
 /// Counts attempts to deliver events.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct DeliveryCounts(Family<Outcome, Counter>);
 
 impl DeliveryCounts {

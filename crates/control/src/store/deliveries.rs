@@ -12,6 +12,7 @@ use belljar_wire::rest::{DeliveryState, EventType};
 use super::events::StoredEvent;
 use super::{Store, StoreError, corrupt, during, on_pool};
 use crate::event::Event;
+use crate::team::TeamId;
 use crate::webhook::{After, Next};
 
 /// A time further ahead than any wait or lease is one of a clock that was set back since.
@@ -24,6 +25,7 @@ const TOO_FAR_BEHIND: &str = "too many deliveries were waiting for this webhook"
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Waiting {
     pub(crate) webhook: String,
+    pub(crate) team: TeamId,
     pub(crate) url: String,
     pub(crate) secret: Secret<String>,
 }
@@ -34,6 +36,8 @@ pub(crate) struct Taken {
     pub(crate) id: String,
     /// Tries that came to an end.
     pub(crate) attempts: u32,
+    /// Whose it is: of two takers of one delivery, the second has another time.
+    pub(crate) leased_until: UnixMillis,
     pub(crate) event: Event,
 }
 
@@ -213,9 +217,9 @@ impl Store {
         now: UnixMillis,
         limit: u32,
     ) -> Result<Vec<Waiting>, StoreError> {
-        let rows: Vec<(String, String, String)> = on_pool!(self, pool => {
+        let rows: Vec<(String, String, String, String)> = on_pool!(self, pool => {
             sqlx::query_as(
-                "SELECT w.id, w.url, w.signature_secret FROM webhooks w \
+                "SELECT w.id, w.team_id, w.url, w.signature_secret FROM webhooks w \
                  WHERE w.id > $1 AND w.enabled = $2 AND EXISTS ( \
                      SELECT 1 FROM deliveries d WHERE d.webhook_id = w.id \
                      AND d.state = 'pending' \
@@ -232,9 +236,11 @@ impl Store {
             .await
             .map_err(during("find webhooks with deliveries"))?
         });
-        let waiting =
-            |(webhook, url, secret)| Waiting { webhook, url, secret: Secret::new(secret) };
-        Ok(rows.into_iter().map(waiting).collect())
+        let waiting = |(webhook, team, url, secret): (String, String, String, String)| {
+            let team = TeamId::parse(&team).ok_or_else(|| corrupt("a team's id", &team))?;
+            Ok(Waiting { webhook, team, url, secret: Secret::new(secret) })
+        };
+        rows.into_iter().map(waiting).collect()
     }
 
     /// Takes at most `limit` due deliveries of `webhook` until `now` + `lease`, oldest first.
@@ -248,6 +254,7 @@ impl Store {
         // The oldest of each sandbox, found in one pass: a look back for every row is quadratic, and
         // on SQLite nobody else writes meanwhile. The outer conditions again: of two servers that chose the same row, the second sees
         // that it is taken once the first one's statement is through.
+        let leased_until = now.plus(lease);
         let rows: Vec<(String, i64, i64)> = on_pool!(self, pool => {
             sqlx::query_as(
                 "UPDATE deliveries SET leased_until_ms = $4 WHERE id IN ( \
@@ -267,7 +274,7 @@ impl Store {
             .bind(webhook)
             .bind(now.0)
             .bind(now.plus(FARTHEST).0)
-            .bind(now.plus(lease).0)
+            .bind(leased_until.0)
             .bind(i64::from(limit))
             .fetch_all(pool)
             .await
@@ -277,7 +284,7 @@ impl Store {
         for (id, attempts, seq) in rows {
             // Gone with its event: too old to be delivered.
             let Some(event) = self.event(seq).await? else { continue };
-            taken.push(Taken { id, attempts: count(attempts), event });
+            taken.push(Taken { id, attempts: count(attempts), leased_until, event });
         }
         Ok(taken)
     }
@@ -296,10 +303,12 @@ impl Store {
         row.map(Event::try_from).transpose()
     }
 
-    /// Writes what became of a delivery that was taken. Nothing happens when it is over already.
+    /// Writes what became of a delivery that was taken until `leased_until`. Nothing happens when it is
+    /// over already, or somebody else took it since.
     pub(crate) async fn finish_delivery(
         &self,
         id: &str,
+        leased_until: UnixMillis,
         after: &After,
         now: UnixMillis,
     ) -> Result<(), StoreError> {
@@ -312,7 +321,7 @@ impl Store {
             sqlx::query(
                 "UPDATE deliveries SET state = $1, attempts = $2, next_at_ms = $3, \
                  leased_until_ms = 0, last_status = $4, last_error = $5, updated_at_ms = $6 \
-                 WHERE id = $7 AND state = 'pending'",
+                 WHERE id = $7 AND state = 'pending' AND leased_until_ms = $8",
             )
             .bind(state.as_str())
             .bind(i64::from(after.attempts))
@@ -321,6 +330,7 @@ impl Store {
             .bind(after.last_error.as_deref())
             .bind(now.0)
             .bind(id)
+            .bind(leased_until.0)
             .execute(pool)
             .await
             .map(drop)
@@ -328,15 +338,23 @@ impl Store {
         })
     }
 
-    /// Gives a delivery back that was taken and not tried to the end.
-    pub(crate) async fn release_delivery(&self, id: &str) -> Result<(), StoreError> {
+    /// Gives a delivery back that was taken until `leased_until` and not tried to the end. Nothing
+    /// happens when somebody else took it since.
+    pub(crate) async fn release_delivery(
+        &self,
+        id: &str,
+        leased_until: UnixMillis,
+    ) -> Result<(), StoreError> {
         on_pool!(self, pool => {
-            sqlx::query("UPDATE deliveries SET leased_until_ms = 0 WHERE id = $1")
-                .bind(id)
-                .execute(pool)
-                .await
-                .map(drop)
-                .map_err(during("give a delivery back"))
+            sqlx::query(
+                "UPDATE deliveries SET leased_until_ms = 0 WHERE id = $1 AND leased_until_ms = $2",
+            )
+            .bind(id)
+            .bind(leased_until.0)
+            .execute(pool)
+            .await
+            .map(drop)
+            .map_err(during("give a delivery back"))
         })
     }
 

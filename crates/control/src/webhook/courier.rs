@@ -2,10 +2,11 @@
 //!
 //! Each round asks the store which webhooks have something due, takes as much for each as it has
 //! free hands for, and leaves the rest there. A receiver that is slow holds its own hands only:
-//! every webhook has its own few, and all together have many.
+//! every webhook has its own few, every team some more, and all together have many.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
+use std::hash::Hash;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,9 +20,12 @@ use super::send::{Parcel, Sender};
 use crate::config::WebhookConfig;
 use crate::metrics::{Delivery, DeliveryCounts};
 use crate::store::{Store, StoreError, Taken, Waiting};
+use crate::team::TeamId;
 
 /// Deliveries on their way to one webhook at the same time.
 const HANDS_PER_WEBHOOK: usize = 4;
+/// Deliveries on their way to the webhooks of one team at the same time.
+const HANDS_PER_TEAM: usize = 32;
 /// Deliveries on their way at the same time.
 const HANDS: usize = 512;
 /// Webhooks looked at by one statement.
@@ -40,8 +44,14 @@ pub(crate) struct Courier {
     poll_interval: Duration,
     lease: Duration,
     hands: Arc<Semaphore>,
-    /// Deliveries on their way, by webhook; none of 0.
-    busy: Mutex<HashMap<String, usize>>,
+    busy: Mutex<Busy>,
+}
+
+/// Deliveries on their way; none of 0.
+#[derive(Debug, Default)]
+struct Busy {
+    webhooks: HashMap<String, usize>,
+    teams: HashMap<TeamId, usize>,
 }
 
 impl Courier {
@@ -99,7 +109,7 @@ impl Courier {
     /// Takes what there are hands for and sends each on a task of its own.
     async fn serve(self: &Arc<Self>, waiting: &Waiting) -> Result<(), StoreError> {
         let mut hands = Vec::new();
-        while let Some(hand) = self.hand(&waiting.webhook) {
+        while let Some(hand) = self.hand(waiting) {
             hands.push(hand);
         }
         if hands.is_empty() {
@@ -121,16 +131,23 @@ impl Courier {
         Ok(())
     }
 
-    /// A free hand for `webhook`.
-    fn hand(self: &Arc<Self>, webhook: &str) -> Option<Hand> {
+    /// A free hand for a webhook.
+    fn hand(self: &Arc<Self>, waiting: &Waiting) -> Option<Hand> {
         let permit = Arc::clone(&self.hands).try_acquire_owned().ok()?;
         let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = busy.entry(webhook.to_owned()).or_default();
-        if *count >= HANDS_PER_WEBHOOK {
+        let of_webhook = busy.webhooks.get(&waiting.webhook).copied().unwrap_or_default();
+        let of_team = busy.teams.get(&waiting.team).copied().unwrap_or_default();
+        if of_webhook >= HANDS_PER_WEBHOOK || of_team >= HANDS_PER_TEAM {
             return None;
         }
-        *count += 1;
-        Some(Hand { courier: Arc::clone(self), webhook: webhook.to_owned(), _permit: permit })
+        busy.webhooks.insert(waiting.webhook.clone(), of_webhook + 1);
+        busy.teams.insert(waiting.team.clone(), of_team + 1);
+        Some(Hand {
+            courier: Arc::clone(self),
+            webhook: waiting.webhook.clone(),
+            team: waiting.team.clone(),
+            _permit: permit,
+        })
     }
 
     async fn deliver(&self, waiting: &Waiting, taken: Taken) -> Result<(), StoreError> {
@@ -145,7 +162,9 @@ impl Courier {
         };
         let outcome = tokio::select! {
             outcome = self.sender.send(parcel) => outcome,
-            () = self.scope.cancelled() => return self.store.release_delivery(&taken.id).await,
+            () = self.scope.cancelled() => {
+                return self.store.release_delivery(&taken.id, taken.leased_until).await;
+            }
         };
         let now = clock::now();
         let after = attempt::after(taken.attempts, outcome, now, self.patience);
@@ -162,25 +181,71 @@ impl Courier {
                 "a delivery is given up"
             );
         }
-        self.store.finish_delivery(&taken.id, &after, now).await
+        self.store.finish_delivery(&taken.id, taken.leased_until, &after, now).await
     }
 }
 
 /// The right to send one delivery.
+#[derive(Debug)]
 struct Hand {
     courier: Arc<Courier>,
     webhook: String,
+    team: TeamId,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Drop for Hand {
     fn drop(&mut self) {
         let mut busy = self.courier.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = busy.get_mut(&self.webhook) {
-            *count -= 1;
-            if *count == 0 {
-                busy.remove(&self.webhook);
-            }
+        let busy = &mut *busy;
+        one_less(&mut busy.webhooks, &self.webhook);
+        one_less(&mut busy.teams, &self.team);
+    }
+}
+
+fn one_less<K: Eq + Hash>(counts: &mut HashMap<K, usize>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::testing::Bench;
+    use belljar_domain::Secret;
+
+    #[tokio::test]
+    async fn a_webhook_has_few_hands_and_its_team_not_all() {
+        let (bench, scope) = (Bench::sqlite(), Scope::root("test"));
+        let store = bench.store().await;
+        let counts = DeliveryCounts::default();
+        let courier = Courier::new(store.clone(), &WebhookConfig::default(), counts, &scope);
+        let waiting = |team: &TeamId, webhook: usize| Waiting {
+            webhook: format!("{team}-{webhook}"),
+            team: team.clone(),
+            url: String::new(),
+            secret: Secret::new(String::new()),
+        };
+        let (greedy, other) = (TeamId::random(), TeamId::random());
+        let mut hands = Vec::new();
+        for webhook in 0..100 {
+            let before = hands.len();
+            hands.extend(std::iter::from_fn(|| courier.hand(&waiting(&greedy, webhook))));
+            assert!(hands.len() - before <= HANDS_PER_WEBHOOK);
+        }
+        assert_eq!(hands.len(), HANDS_PER_TEAM);
+        assert!(courier.hand(&waiting(&other, 0)).is_some(), "another team has its own");
+        hands.pop();
+        let freed = courier.hand(&waiting(&greedy, 100));
+        assert!(freed.is_some(), "what comes back is free again");
+        drop((hands, freed));
+        let busy = courier.busy.lock().expect("no panic holds it");
+        assert!(busy.webhooks.is_empty() && busy.teams.is_empty(), "{busy:?}");
+        drop(busy);
+        store.close().await;
     }
 }

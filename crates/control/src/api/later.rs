@@ -3,11 +3,19 @@
 //! They answer 501: a 404 would tell an SDK that the sandbox or the template is gone.
 //! Source: contract sections 1.2 to 1.5.
 
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::extract::State;
 use axum::routing::{MethodFilter, on};
+use belljar_daemon::clock;
 use http::{Method, StatusCode, Uri};
 
+use super::auth::Caller;
 use super::document::Routes;
 use super::error::ApiError;
+use super::sandboxes::Named;
+use crate::app::App;
 
 const GET: MethodFilter = MethodFilter::GET;
 const POST: MethodFilter = MethodFilter::POST;
@@ -21,7 +29,6 @@ const LATER: &[(MethodFilter, &str)] = &[
     (POST, "/sandboxes/{id}/resume"),
     (POST, "/sandboxes/{id}/fork"),
     (POST, "/sandboxes/{id}/snapshots"),
-    (PUT, "/sandboxes/{id}/network"),
     (GET, "/snapshots"),
     (GET, "/default-templates"),
     (POST, "/templates"),
@@ -54,9 +61,30 @@ const LATER: &[(MethodFilter, &str)] = &[
     (DELETE, "/secrets/{id}"),
 ];
 
+/// As [`LATER`], of one sandbox: one that is not there is 404 all the same.
+const LATER_OF_SANDBOXES: &[(MethodFilter, &str)] = &[(PUT, "/sandboxes/{id}/network")];
+
 /// Mounts them beside what is served.
 pub(crate) fn mount(routes: Routes) -> Routes {
-    LATER.iter().fold(routes, |routes, (method, path)| routes.route(path, on(*method, not_yet)))
+    let routes = LATER
+        .iter()
+        .fold(routes, |routes, (method, path)| routes.route(path, on(*method, not_yet)));
+    LATER_OF_SANDBOXES
+        .iter()
+        .fold(routes, |routes, (method, path)| routes.route(path, on(*method, not_yet_of_sandbox)))
+}
+
+async fn not_yet_of_sandbox(
+    State(app): State<Arc<App>>,
+    Extension(team): Caller,
+    named: Named,
+    method: Method,
+    uri: Uri,
+) -> ApiError {
+    match app.live.find(&named.id, &team.id, clock::now()) {
+        Some(_) => not_yet(method, uri).await,
+        None => ApiError::no_sandbox(&named.text),
+    }
 }
 
 async fn not_yet(method: Method, uri: Uri) -> ApiError {

@@ -180,13 +180,15 @@ async fn what_comes_later_says_so() {
     let rig = Rig::start().await;
     let document = document(&rig).await;
     let contract = contract();
+    let sandbox = rig.create(r#"{"templateID":"base"}"#).await;
     for wanted in list(&contract["operations"]).filter(|o| o["later"].is_string()) {
         let (method, path) = name(wanted);
         assert!(
             described(&document, method, path).is_none(),
             "{method} {path} is served: take `later` from its line of the fixture"
         );
-        let concrete = path.replace(['{', '}'], "");
+        let of_sandbox = path.replace("/sandboxes/{id}", &format!("/sandboxes/{sandbox}"));
+        let concrete = of_sandbox.replace(['{', '}'], "");
         let method: Method = method.parse().expect("a method");
         let answer = rig.control.client.send(method.clone(), &concrete, "{}").await;
         if answer.status == 404 {
@@ -195,5 +197,8 @@ async fn what_comes_later_says_so() {
             answer.assert_error(501, "is not supported by this server yet");
         }
     }
+    let nobodys = "/sandboxes/i00000000000000000000/network";
+    let answer = rig.control.client.send(Method::PUT, nobodys, "{}").await;
+    answer.assert_error(404, "doesn't exist");
     rig.stop().await;
 }

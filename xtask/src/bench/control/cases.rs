@@ -1,9 +1,10 @@
-//! What is measured of one server, in this order: nothing yet, one caller, many, ten thousand.
+//! What is measured of one server, in this order: nothing yet, one caller, many, ten thousand, and how
+//! those end.
 
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, bail};
 
@@ -21,6 +22,12 @@ const CALLERS: u32 = 50;
 const SUSTAINED: Duration = Duration::from_secs(15);
 /// How often the whole list is walked.
 const WALKS: usize = 5;
+/// How long the server is left alone with all that live.
+const IDLE: Duration = Duration::from_secs(20);
+/// From the time all are told their end to that end: longer than the telling takes.
+const ENDS_IN: Duration = Duration::from_secs(20);
+/// From that end until the last must be gone.
+const ENDED_WITHIN: Duration = Duration::from_secs(120);
 
 /// Everything, of a server that has no sandbox yet.
 pub(super) fn all(server: &Server, node: &Path, live: u32) -> Result<Vec<Figure>> {
@@ -32,13 +39,16 @@ pub(super) fn all(server: &Server, node: &Path, live: u32) -> Result<Vec<Figure>
     let empty_mib = server.resident_mib()?;
     let mut figures = sequential(&mut api, node)?;
     figures.extend(sustained(server)?);
-    figures.extend(burst(server, live)?);
+    let (creates, ids) = burst(server, live)?;
+    figures.push(creates);
     let full_mib = server.resident_mib()?;
     figures.extend(pages(&mut api, live)?);
     figures.push(figure("resident, no sandbox", "MiB", empty_mib, None, None));
     let added = full_mib - empty_mib;
     let most = Some(Target::AtMost(100.0));
     figures.push(figure("resident, live sandboxes over none", "MiB", added, None, most));
+    figures.extend(idle(server)?);
+    figures.extend(expiry(server, node, &ids)?);
     Ok(figures)
 }
 
@@ -179,24 +189,82 @@ fn sustained(server: &Server) -> Result<Vec<Figure>> {
     ])
 }
 
-/// Creates at full speed until `live` sandboxes live.
-fn burst(server: &Server, live: u32) -> Result<Vec<Figure>> {
+/// Creates at full speed until `live` sandboxes live; answers their ids too.
+fn burst(server: &Server, live: u32) -> Result<(Figure, Vec<String>)> {
     let begun = AtomicU32::new(0);
+    let ids = Mutex::new(Vec::new());
     let creates = together(server, |api| {
         if begun.fetch_add(1, Ordering::Relaxed) >= live {
             return Ok(false);
         }
-        api.create()?;
+        let id = api.create()?;
+        if let Ok(mut ids) = ids.lock() {
+            ids.push(id);
+        }
         Ok(true)
     })?;
     let target = Some(Target::AtLeast(1000.0));
-    Ok(vec![figure(
-        "creates a second, 50 callers, none killed",
-        "1/s",
-        per_second(creates),
-        None,
-        target,
-    )])
+    let what = "creates a second, 50 callers, none killed";
+    let figure = figure(what, "1/s", per_second(creates), None, target);
+    Ok((figure, ids.into_inner().unwrap_or_default()))
+}
+
+/// What the server does with nobody asking: were anything to walk all sandboxes now and then, it
+/// would show here.
+fn idle(server: &Server) -> Result<Vec<Figure>> {
+    let (used, began) = (server.processor_ms()?, Instant::now());
+    pause(IDLE);
+    let used = server.processor_ms()? - used;
+    let share = used / milliseconds(began.elapsed()) * 100.0;
+    Ok(vec![figure("processor, all live and nobody asks", "% of one", share, None, None)])
+}
+
+#[expect(clippy::disallowed_methods, reason = "the time itself is what is measured over")]
+fn pause(time: Duration) {
+    std::thread::sleep(time);
+}
+
+fn unix_ms() -> Result<i64> {
+    #[expect(clippy::disallowed_methods, reason = "ends of sandboxes are on the wall clock")]
+    let now = SystemTime::now();
+    Ok(i64::try_from(now.duration_since(UNIX_EPOCH)?.as_millis())?)
+}
+
+/// Gives all sandboxes one end, to the millisecond, and times how long after it the last one is gone,
+/// undo steps and all, as the node says.
+fn expiry(server: &Server, node: &Path, ids: &[String]) -> Result<Vec<Figure>> {
+    let mut node = NodeCaller::connect(node)?;
+    let end_at = unix_ms()? + i64::try_from(ENDS_IN.as_millis())?;
+    for id in ids {
+        node.set_end(id, end_at)?;
+    }
+    let left_ms = u64::try_from(end_at - unix_ms()?).unwrap_or(0);
+    if left_ms == 0 {
+        bail!("telling {} sandboxes their end took longer than {ENDS_IN:?}", ids.len());
+    }
+    pause(Duration::from_millis(left_ms.saturating_sub(500)));
+    let before = node.sandboxes()?;
+    if usize::try_from(before) != Ok(ids.len()) {
+        bail!("{before} sandboxes were left before their end, of {}", ids.len());
+    }
+    let used = server.processor_ms()?;
+    let gone = loop {
+        let (left, late_ms) = (node.sandboxes()?, unix_ms()? - end_at);
+        if left == 0 {
+            break late_ms;
+        }
+        if late_ms > i64::try_from(ENDED_WITHIN.as_millis())? {
+            bail!("{left} sandboxes are left {late_ms} ms after their end");
+        }
+        pause(Duration::from_millis(2));
+    };
+    let used = server.processor_ms()? - used;
+    let gone_ms = f64::from(u32::try_from(gone)?);
+    let each_us = used * 1000.0 / f64::from(u32::try_from(ids.len())?);
+    Ok(vec![
+        figure("all end in one millisecond: the last is gone after", "ms", gone_ms, None, None),
+        figure("processor time of one such end", "us", each_us, None, None),
+    ])
 }
 
 /// Every page of the list of all, without a filter and with one that all pass.

@@ -123,6 +123,19 @@ impl NodeCaller {
         Ok(serde_json::from_slice(&answer)?)
     }
 
+    /// How many sandboxes it has.
+    pub(super) fn sandboxes(&mut self) -> Result<u64> {
+        let described = self.call("Describe", &json!({}))?;
+        // The JSON form of a message leaves zeros out.
+        Ok(described["load"]["sandboxCount"].as_u64().unwrap_or(0))
+    }
+
+    /// Moves the end of a sandbox.
+    pub(super) fn set_end(&mut self, id: &str, end_at_unix_ms: i64) -> Result<()> {
+        let request = json!({ "sandboxId": id, "endAtUnixMs": end_at_unix_ms.to_string() });
+        self.call("SetSandboxEnd", &request).map(drop)
+    }
+
     /// Creates a sandbox and kills it; answers how long the create took.
     pub(super) fn create_and_kill(&mut self) -> Result<Duration> {
         self.count += 1;

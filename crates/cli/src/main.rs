@@ -25,6 +25,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
+use belljar_daemon::clock::shift;
 use belljar_daemon::fault;
 use belljar_daemon::telemetry::{self, LogFormat};
 use belljar_domain::Secret;
@@ -72,6 +73,9 @@ async fn dispatch(cli: Cli) -> Result<ExitCode> {
     let environment = Environment::read();
     if let Some(fault) = &environment.fault {
         fault::arm(fault).context("failed to do what BELLJAR_FAULT asks for")?;
+    }
+    if let Some(pipe) = &environment.clock_shift {
+        shift::follow(pipe).context("failed to do what BELLJAR_CLOCK_SHIFT asks for")?;
     }
     let local = Local::open(&cli.place, environment.home.as_deref())?;
     let target = || Target::find(&local, &environment.sdk);
@@ -127,6 +131,8 @@ struct Environment {
     admin_token: Option<Secret<String>>,
     /// Where a test wants this process to die.
     fault: Option<String>,
+    /// A named pipe through which a test moves this process's clock.
+    clock_shift: Option<PathBuf>,
 }
 
 impl Environment {
@@ -137,6 +143,7 @@ impl Environment {
             home: text("HOME").map(PathBuf::from),
             admin_token: text("BELLJAR_ADMIN_TOKEN").map(Secret::new),
             fault: text("BELLJAR_FAULT"),
+            clock_shift: text("BELLJAR_CLOCK_SHIFT").map(PathBuf::from),
             sdk: SdkEnv {
                 api_url: text("E2B_API_URL"),
                 sandbox_url: text("E2B_SANDBOX_URL"),

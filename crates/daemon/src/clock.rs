@@ -1,5 +1,7 @@
 //! The one place that reads the wall clock, and the way to wait for a time on it.
 
+pub mod shift;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,7 +20,8 @@ use crate::scope::{OnError, Scope};
 /// Now, by the host's wall clock.
 #[expect(clippy::disallowed_methods, reason = "this is the place the ban points at")]
 pub fn now() -> UnixMillis {
-    UnixMillis::from(std::time::SystemTime::now())
+    let host = UnixMillis::from(std::time::SystemTime::now());
+    UnixMillis(host.0.saturating_add(shift::ms()))
 }
 
 /// A wall clock that can be waited for. Cheap to clone.
@@ -57,9 +60,13 @@ impl Clock {
             reason = "unsound for types that lie about their descriptor; this one owns it"
         )]
         let timer = AsyncFd::new(settings_timer()?)?;
+        let mut shifts = shift::Shifts::from_now();
         scope.spawn("clock watch", OnError::FailScope, async move {
             loop {
-                clock_was_set(&timer).await?;
+                tokio::select! {
+                    set = clock_was_set(&timer) => set?,
+                    () = shifts.next() => {}
+                }
                 tracing::warn!(now_unix_ms = now().0, "the wall clock was set");
                 watched.inner.set.notify_waiters();
             }

@@ -188,7 +188,12 @@ pub fn running(data: &Path) -> Vec<(String, i64)> {
 }
 
 /// Waits until node, store and API say the same, and says what.
-pub fn agreed(control: &Server, data: &Path, socket: &Path, death: Death) -> Vec<String> {
+pub fn agreed(
+    control: &Server,
+    data: &Path,
+    socket: &Path,
+    after: impl std::fmt::Debug,
+) -> Vec<String> {
     let since = Instant::now();
     loop {
         let (node, store, api) = (on_node(socket), running(data), listed(control));
@@ -198,14 +203,14 @@ pub fn agreed(control: &Server, data: &Path, socket: &Path, death: Death) -> Vec
         }
         assert!(
             since.elapsed() < AGREEMENT,
-            "{death:?}: no agreement: node {node:?}, store {store:?}, API {api:?}"
+            "{after:?}: no agreement: node {node:?}, store {store:?}, API {api:?}"
         );
         std::thread::yield_now();
     }
 }
 
 /// The sandbox is there as it was, and its guest is the one its token opens.
-pub fn assert_lives(control: &Server, made: &Made, death: Death) {
+pub fn assert_lives(control: &Server, made: &Made, death: impl std::fmt::Debug) {
     let (status, detail) = control.api("GET", &format!("/sandboxes/{}", made.id), None);
     assert_eq!(status, 200, "{death:?}: {} is lost: {detail}", made.id);
     for field in ["metadata", "templateID", "startedAt", "alias"] {

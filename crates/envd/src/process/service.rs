@@ -32,6 +32,9 @@ use crate::task;
 /// Source: `contract/e2b-wire.md` section 2.2.
 const KEEPALIVE_DEFAULT: Duration = Duration::from_secs(90);
 
+/// How long input that could not be written waits for the process to be gone.
+const END_WAIT: Duration = Duration::from_millis(500);
+
 /// How long the answer to a kill waits for the process to be gone.
 const KILL_ANSWER_LIMIT: Duration = Duration::from_millis(500);
 
@@ -68,8 +71,7 @@ impl ProcessService {
     ) -> Result<Arc<Process>, ConnectError> {
         let process = self.find(selector)?;
         if process.has_exited() {
-            let message = format!("process with pid {} not found: it has ended", process.pid);
-            return Err(ConnectError::not_found(message));
+            return Err(ended(&process));
         }
         Ok(process)
     }
@@ -190,8 +192,7 @@ impl ProcessRpc for ProcessService {
             }
         };
         if !process.signal(signal) {
-            let message = format!("process with pid {} not found: it has ended", process.pid);
-            return Err(ConnectError::not_found(message));
+            return Err(ended(&process));
         }
         if signal == rustix::process::Signal::KILL {
             // Clients take the answer for the end and ask again at once.
@@ -304,9 +305,19 @@ async fn feed(process: &Process, input: Option<ProcessInput>) -> Result<(), Conn
         let message = "stdin is not enabled for this process";
         return Err(ConnectError::failed_precondition(message));
     };
-    input.write(bytes).await.map_err(|error| {
-        ConnectError::failed_precondition(format!("failed to write to stdin: {error}"))
-    })
+    let Err(error) = input.write(bytes).await else { return Ok(()) };
+    // A process that ends closes its input a moment before it is known to be gone; clients let go of
+    // one that is not found, and take its exit code.
+    process.wait_for_exit(END_WAIT).await;
+    if process.has_exited() {
+        return Err(ended(process));
+    }
+    Err(ConnectError::failed_precondition(format!("failed to write to stdin: {error}")))
+}
+
+/// What is answered for a process that is known and gone.
+fn ended(process: &Process) -> ConnectError {
+    ConnectError::not_found(format!("process with pid {} not found: it has ended", process.pid))
 }
 
 fn size(pty: &PTY) -> (u16, u16) {

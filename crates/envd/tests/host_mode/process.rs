@@ -98,6 +98,22 @@ async fn input_streams_through_one_request() {
 }
 
 #[tokio::test]
+async fn a_process_that_closed_its_input_and_lives_is_still_there() {
+    let daemon = Daemon::start().await;
+    let request = json!({
+        "process": { "cmd": "/bin/sh", "args": ["-c", "exec <&-; echo up; sleep 600 & wait"] },
+        "stdin": true,
+    });
+    let mut events = daemon.open("process.Process/Start", request).await;
+    let pid = events.pid().await;
+    events.until("up").await;
+    let input = json!({ "process": { "pid": pid }, "input": { "stdin": base64(b"x") } });
+    let answer = daemon.call("process.Process/SendInput", input).await;
+    assert_eq!(answer.json()["code"], "failed_precondition", "{}", answer.text());
+    daemon.stop().await;
+}
+
+#[tokio::test]
 async fn a_process_without_input_reads_nothing() {
     let daemon = Daemon::start().await;
     let mut events = daemon.shell("cat; echo done; exec sleep 600").await;

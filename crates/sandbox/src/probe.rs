@@ -2,7 +2,8 @@
 //!
 //! A guest is hostile: the question has a deadline, the answer a bound, and only so many are asked
 //! at once. Each owner asks for its own sandbox, at times of its own, so that nothing ever walks
-//! through all of them.
+//! through all of them. Guests that did not answer are asked less often, and wait in a queue of
+//! their own: however many keep silent, those that answer are asked in time.
 
 use std::convert::Infallible;
 use std::future::Future as _;
@@ -28,13 +29,60 @@ use crate::metrics::{Figures, SAMPLE_EVERY, Sample};
 use crate::table::Running;
 use belljar_daemon::clock::Clock;
 
-/// Guests asked at once. An answer takes a millisecond, or its deadline.
-pub(crate) const PROBES_MAX: usize = 32;
+/// Guests asked at once, of those that answered last. An answer takes a millisecond.
+const PROBES_MAX: usize = 32;
+/// Guests asked at once, of those that did not. Each may take the whole deadline.
+const DOUBTFUL_PROBES_MAX: usize = 8;
+/// Longest pause before a silent guest is asked again: what is counted as a minute's sample.
+const PAUSE_MAX: Duration = Duration::from_secs(60);
 /// How long a guest may take: an emulated one that is busy takes its time.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(3);
 /// Room for the answer's head.
 const HEAD_MAX_BYTES: usize = 16 * 1024;
 const ACCESS_TOKEN: HeaderName = HeaderName::from_static("x-access-token");
+
+/// Bounds how many guests are asked at once.
+#[derive(Debug)]
+pub(crate) struct Places {
+    answering: Semaphore,
+    doubtful: Semaphore,
+}
+
+impl Default for Places {
+    fn default() -> Self {
+        let answering = Semaphore::new(PROBES_MAX);
+        Places { answering, doubtful: Semaphore::new(DOUBTFUL_PROBES_MAX) }
+    }
+}
+
+/// How far one guest's word to answer is taken.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Doubt {
+    /// A failure adds two and an answer takes one away, so that a guest which answers every other
+    /// time does not get back to those that always do.
+    strikes: u32,
+}
+
+impl Doubt {
+    const STRIKES_MAX: u32 = 8;
+
+    fn answered(&mut self) {
+        self.strikes = self.strikes.saturating_sub(1);
+    }
+
+    fn failed(&mut self) {
+        self.strikes = (self.strikes + 2).min(Doubt::STRIKES_MAX);
+    }
+
+    fn queue(self, places: &Places) -> &Semaphore {
+        if self.strikes == 0 { &places.answering } else { &places.doubtful }
+    }
+
+    /// How long after a failure the next question comes.
+    fn pause(self) -> Duration {
+        (SAMPLE_EVERY * 2_u32.pow(self.strikes / 2)).min(PAUSE_MAX)
+    }
+}
 
 /// A guest to ask.
 #[derive(Debug)]
@@ -62,31 +110,39 @@ enum ProbeError {
     TimedOut,
 }
 
-/// Asks a guest every [`SAMPLE_EVERY`] and keeps the answers, until it is dropped. Cancel-safe.
+/// Asks a guest every [`SAMPLE_EVERY`] and keeps the answers, until it is dropped; one that does not
+/// answer up to every [`PAUSE_MAX`]. Cancel-safe.
 pub(crate) async fn sample(
     running: &Running,
     target: Target,
-    places: &Semaphore,
+    places: &Places,
     clock: &Clock,
 ) -> Infallible {
     // Sandboxes that start together must not ask together.
     tokio::time::sleep(SAMPLE_EVERY.mul_f64(rand::random())).await;
     let mut ticks = tokio::time::interval(SAMPLE_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    let mut doubt = Doubt::default();
     loop {
         ticks.tick().await;
-        // The semaphore is never closed; without it the question would only be unbounded.
-        let _place = places.acquire().await;
+        // The semaphores are never closed; without them the question would only be unbounded.
+        let place = doubt.queue(places).acquire().await;
         let at = clock.now();
         // On the heap: most of the time nobody is asked, and a question is large.
         let asking = Box::pin(ask(&target, ENVD_PORT));
         let answer = tokio::time::timeout(ANSWER_DEADLINE, asking).await;
+        drop(place);
         match answer.unwrap_or(Err(ProbeError::TimedOut)) {
-            Ok(figures) => running.samples.add(Sample { at, figures }),
+            Ok(figures) => {
+                doubt.answered();
+                running.samples.add(Sample { at, figures });
+            }
             // A guest may be frozen, busy or broken: that is its user's business.
             Err(e) => {
                 let (sandbox_id, error) = (&running.info.sandbox_id, crate::registry::chain(&e));
                 debug!(%sandbox_id, error, "no figures");
+                doubt.failed();
+                ticks.reset_after(doubt.pause());
             }
         }
     }
@@ -211,6 +267,32 @@ mod tests {
                 String::from_utf8_lossy(&answer[..answer.len().min(80)])
             );
         }
+    }
+
+    #[test]
+    fn silent_guests_are_asked_less_and_among_themselves() {
+        let (places, mut doubt) = (Places::default(), Doubt::default());
+        let waits_with_the_others =
+            |doubt: Doubt| std::ptr::eq(doubt.queue(&places), &raw const places.answering);
+        assert!(waits_with_the_others(doubt));
+        let mut pauses = Vec::new();
+        for _ in 0..6 {
+            doubt.failed();
+            assert!(!waits_with_the_others(doubt));
+            pauses.push(doubt.pause().as_secs());
+        }
+        assert_eq!(pauses, [10, 20, 40, 60, 60, 60]);
+        // Answering now and then does not help.
+        for _ in 0..10 {
+            doubt.answered();
+            assert!(!waits_with_the_others(doubt));
+            doubt.failed();
+        }
+        for _ in 0..Doubt::STRIKES_MAX {
+            assert!(!waits_with_the_others(doubt));
+            doubt.answered();
+        }
+        assert!(waits_with_the_others(doubt), "who answers is believed again");
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::ledger::Ledger;
 use crate::log::{LogEntry, LogQuery};
 use crate::metrics::{Figures, MetricsQuery, Sample, made};
 use crate::owner::Command;
-use crate::probe::PROBES_MAX;
+use crate::probe::Places;
 use crate::reclaim::{Reclaimed, reclaim};
 use crate::settings::{Deps, MetricsFrom, Settings};
 use crate::table::{Entry, Running, Table};
@@ -80,7 +80,7 @@ pub(crate) struct Inner {
     pub(crate) untold: UntoldEnds,
     pub(crate) scope: Scope,
     pub(crate) starting: Semaphore,
-    pub(crate) probes: Semaphore,
+    pub(crate) probes: Places,
     pub(crate) templates: ReadyTemplates,
     pub(crate) unusable: Vec<Template>,
     pub(crate) ended: broadcast::Sender<Ended>,
@@ -135,7 +135,7 @@ impl Sandboxes {
         let (templates, unusable) = load_templates(&settings.templates_dir, &fingerprint)?;
         let inner = Inner {
             starting: Semaphore::new(settings.limits.starting_max),
-            probes: Semaphore::new(PROBES_MAX),
+            probes: Places::default(),
             deps,
             ledger,
             untold,

@@ -134,19 +134,9 @@ impl Page {
             }
         };
         Ok(Page {
-            offset: number(query, "offset", 0, 0, MAX_OFFSET)?,
-            limit: number(query, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)?,
+            offset: query.number("offset", 0..=MAX_OFFSET)?.unwrap_or(0),
+            limit: query.number("limit", 1..=MAX_LIMIT)?.unwrap_or(DEFAULT_LIMIT),
             oldest_first,
         })
-    }
-}
-
-fn number(query: &Query, name: &str, default: u32, min: u32, max: u32) -> Result<u32, ApiError> {
-    match query.get(name).map(str::parse) {
-        None => Ok(default),
-        Some(Ok(number)) if (min..=max).contains(&number) => Ok(number),
-        Some(_) => Err(ApiError::bad_request(format!(
-            "the parameter '{name}' must be a number from {min} to {max}"
-        ))),
     }
 }

@@ -9,7 +9,9 @@ use std::path::PathBuf;
 use belljar_control::{Cidr, Database};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-pub(crate) use operator::{KeyCommand, LimitOptions, TeamCommand, TokenCommand, UserCommand};
+pub(crate) use operator::{
+    KeyCommand, LimitOptions, TeamCommand, TierCommand, TokenCommand, UserCommand,
+};
 pub(crate) use platform::PlatformOptions;
 
 /// A self-hosted sandbox cloud for AI agents that speaks the E2B API.
@@ -63,6 +65,9 @@ pub(crate) enum Command {
     /// Keep teams: limits, addresses, who is blocked.
     #[command(subcommand)]
     Team(TeamCommand),
+    /// Keep tiers: the limits teams start from.
+    #[command(subcommand)]
+    Tier(TierCommand),
     /// Keep users, and which teams they may act for.
     #[command(subcommand)]
     User(UserCommand),

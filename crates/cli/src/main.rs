@@ -110,6 +110,9 @@ async fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Team(command) => {
             operator::team::run(&token_file::api(&local, &admin)?, command, cli.json).await
         }
+        Command::Tier(command) => {
+            operator::tier::run(&token_file::api(&local, &admin)?, command, cli.json).await
+        }
         Command::User(command) => {
             operator::user::run(&token_file::api(&local, &admin)?, command, cli.json).await
         }

@@ -1,7 +1,8 @@
-//! `belljar team|user|key|token`: what whoever runs the server does, over its admin API.
+//! `belljar team|tier|user|key|token`: what whoever runs the server does, over its admin API.
 
 pub(crate) mod credentials;
 pub(crate) mod team;
+pub(crate) mod tier;
 pub(crate) mod token_file;
 pub(crate) mod user;
 

@@ -60,6 +60,39 @@ fn run(data: &Path, words: &[&str], variables: &[(&str, &str)]) -> Output {
 }
 
 #[test]
+fn tiers_are_kept() {
+    let operator = Operator::new();
+    let server = operator.server();
+    let base = operator.json(&["tier", "list"])[0].clone();
+    assert_eq!(base["id"], "base");
+    let gold = operator.json(&["tier", "create", "gold", "--max-sandboxes", "7"]);
+    assert_eq!((&gold["id"], &gold["maxConcurrentSandboxes"]), (&json!("gold"), &json!(7)));
+    assert_eq!(gold["maxVcpus"], base["maxVcpus"], "the rest is the base tier's");
+    assert!(operator.failure(&["tier", "create", "gold"]).contains("tier update gold"));
+    let more = operator.json(&["tier", "create", "more", "--like", "gold", "--max-vcpus", "3"]);
+    assert_eq!((&more["maxConcurrentSandboxes"], &more["maxVcpus"]), (&json!(7), &json!(3)));
+    let team = operator.json(&["team", "create", "lab", "--tier", "gold"]);
+    assert_eq!(team["limits"]["maxConcurrentSandboxes"], 7);
+    let changed = operator.json(&["tier", "update", "gold", "--events-ttl-days", "3"]);
+    assert_eq!(
+        (&changed["eventsTTLDays"], &changed["maxConcurrentSandboxes"]),
+        (&json!(3), &json!(7))
+    );
+
+    let shown = operator.run(&["tier", "list"]);
+    let shown = String::from_utf8(shown.stdout).expect("text");
+    assert!(shown.contains("gold") && shown.contains("SANDBOXES"), "{shown}");
+    assert!(operator.failure(&["tier", "delete", "gold"]).contains("has teams"));
+    assert_eq!(operator.json(&["tier", "delete", "more"]), json!({"id": "more", "deleted": true}));
+    for words in [["tier", "delete", "more"], ["tier", "update", "more"]] {
+        assert!(operator.failure(&words).contains("belljar tier list"));
+    }
+    assert!(operator.failure(&["tier", "create", "a/b"]).contains("lower-case"));
+    assert!(operator.failure(&["tier", "create", "x", "--max-vcpus", "0"]).contains("maxVcpus"));
+    server.stop();
+}
+
+#[test]
 fn teams_and_their_keys_are_kept() {
     let operator = Operator::new();
     let server = operator.server();

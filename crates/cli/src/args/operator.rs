@@ -1,8 +1,8 @@
-//! Commands of whoever runs the server: teams, users, keys, tokens.
+//! Commands of whoever runs the server: teams, tiers, users, keys, tokens.
 
 use clap::{Args, Subcommand};
 
-/// What a team may have that differs from its tier.
+/// What the sandboxes of a team may take.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct LimitOptions {
     /// Sandboxes at once.
@@ -87,6 +87,34 @@ pub(crate) enum TeamCommand {
     Delete {
         /// Its id or slug.
         team: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TierCommand {
+    /// List tiers and their limits.
+    List,
+    /// Make a tier. What is not named is as in another one.
+    Create {
+        /// Its name: lower-case letters, digits and `-`.
+        tier: String,
+        /// The tier that says what is not named here.
+        #[arg(long, default_value = "base", value_name = "TIER")]
+        like: String,
+        #[command(flatten)]
+        limits: LimitOptions,
+    },
+    /// Change the limits of a tier. Its teams have them at once.
+    Update {
+        /// Its name.
+        tier: String,
+        #[command(flatten)]
+        limits: LimitOptions,
+    },
+    /// Delete a tier that has no teams.
+    Delete {
+        /// Its name.
+        tier: String,
     },
 }
 

@@ -166,9 +166,10 @@ async fn a_node_that_is_away_does_not_stop_the_others() {
     let on_second = format!("/sandboxes/{}", on_second.expect("there is one"));
     let sample = MetricsSample { at_unix_ms: 1_000, ..Default::default() };
     let second = on_second.trim_start_matches("/sandboxes/").to_owned();
-    let mut samples = nodes[1].state.samples.lock().expect("no panic holds it");
-    samples.insert(second.clone(), vec![sample]);
-    drop(samples);
+    let insert = |id: String| {
+        nodes[1].state.samples.lock().expect("no panic holds it").insert(id, vec![sample])
+    };
+    insert(second.clone());
     let first = nodes.remove(0);
     let state = first.state.clone();
     first.stop().await;

@@ -1,4 +1,4 @@
-//! What an overlay knows of each block: two bits a block, read without locks.
+//! What a writer of an image knows of each block: two bits a block, read without locks.
 //!
 //! ```text
 //!            write                zero, trim
@@ -84,24 +84,32 @@ impl BlockMap {
     /// How many blocks from `block` on, up to and without `end`, share the state of `block`.
     pub(crate) fn run(&self, block: u64, end: u64) -> (BlockState, u64) {
         let state = self.get(block);
+        // What a word holds if all its blocks are in this state.
+        let uniform = state.bits() * (u64::MAX / MASK);
         let mut next = block + 1;
-        while next < end && self.get(next) == state {
-            next += 1;
+        while next < end {
+            let (word, shift) = Self::place(next);
+            if shift == 0 && self.words[word].load(Ordering::Acquire) == uniform {
+                next += BLOCKS_PER_WORD;
+            } else if self.get(next) == state {
+                next += 1;
+            } else {
+                break;
+            }
         }
-        (state, next - block)
+        (state, next.min(end) - block)
     }
 
-    /// Blocks that are not in the base image, in order.
-    pub(crate) fn changed(&self) -> impl Iterator<Item = (u64, BlockState)> + '_ {
-        let words = (0_u64..).zip(self.words.iter());
-        words
-            .map(|(index, word)| (index * BLOCKS_PER_WORD, word.load(Ordering::Acquire)))
-            .filter(|(_, word)| *word != 0)
-            .flat_map(|(first, word)| {
-                (0..BLOCKS_PER_WORD)
-                    .map(move |i| (first + i, BlockState::from_bits(word >> (i * BITS_PER_BLOCK))))
-            })
-            .filter(|(block, state)| *block < self.blocks && *state != BlockState::Base)
+    /// Counts the blocks in state `state`.
+    pub(crate) fn count(&self, state: BlockState) -> u64 {
+        let mut count = 0;
+        let mut block = 0;
+        while block < self.blocks {
+            let (found, len) = self.run(block, self.blocks);
+            count += if found == state { len } else { 0 };
+            block += len;
+        }
+        count
     }
 }
 
@@ -117,7 +125,10 @@ mod tests {
         map.set(32, BlockState::Written);
         map.set(69, BlockState::Zero);
         map.set(0, BlockState::Zero);
-        let changed: Vec<_> = map.changed().collect();
+        let changed: Vec<_> = (0..70)
+            .map(|block| (block, map.get(block)))
+            .filter(|(_, s)| *s != BlockState::Base)
+            .collect();
         assert_eq!(
             changed,
             [
@@ -127,6 +138,8 @@ mod tests {
                 (69, BlockState::Zero)
             ]
         );
+        assert_eq!((map.count(BlockState::Zero), map.count(BlockState::Written)), (3, 1));
+        assert_eq!(map.count(BlockState::Base), 66);
     }
 
     #[test]
@@ -138,5 +151,13 @@ mod tests {
         assert_eq!(map.run(0, 100), (BlockState::Base, 10));
         assert_eq!(map.run(10, 100), (BlockState::Written, 40));
         assert_eq!(map.run(20, 30), (BlockState::Written, 10));
+        assert_eq!(map.run(50, 100), (BlockState::Base, 50));
+        let whole = BlockMap::new(200);
+        for block in 0..200 {
+            whole.set(block, BlockState::Zero);
+        }
+        for (block, end) in [(0, 200), (3, 64), (31, 33), (32, 70), (199, 200)] {
+            assert_eq!(whole.run(block, end), (BlockState::Zero, end - block));
+        }
     }
 }

@@ -60,7 +60,8 @@ fn clone_into(source: &File, copy: &File) -> io::Result<CloneMethod> {
     Ok(CloneMethod::Sparse)
 }
 
-fn copy_extent(source: &File, copy: &File, extent: Extent) -> io::Result<()> {
+/// Copies a part of `source` to the same place of `copy`.
+pub(crate) fn copy_extent(source: &File, copy: &File, extent: Extent) -> io::Result<()> {
     let (mut from, mut to) = (extent.start, extent.start);
     while from < extent.end {
         let left = index((extent.end - from).min(1 << 30));

@@ -35,8 +35,14 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// # Errors
     /// As [`BlockDevice::write_at`].
     fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
-    /// Says that `len` bytes at `offset` are not needed; they may read as anything after it, and
-    /// here read as zeros.
+    /// Makes `len` bytes at `offset` read as zeros and takes space for them, so that a later write
+    /// there does not fail for want of it.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::write_at`].
+    fn zero_allocated(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Says that `len` bytes at `offset` are not needed. Whole blocks of them read as zeros after it,
+    /// the edges as zeros or as before. Takes no space.
     ///
     /// # Errors
     /// As [`BlockDevice::write_at`].

@@ -1,5 +1,4 @@
-//! Disks that are one raw file: a template being built ([`RawImage`]), and the finished one that
-//! all its sandboxes share ([`BaseImage`]).
+//! Raw files as disks: opening them, and a template's disk while it is built, written in place.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -8,7 +7,6 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, fallocate};
 
-use crate::clone::{Extent, data_extents};
 use crate::device::{BLOCK_BYTES, BlockDevice, check_range, index, len_u64};
 
 /// Why an image could not be opened.
@@ -42,7 +40,7 @@ pub enum OpenError {
     },
 }
 
-fn open(path: &Path, writable: bool) -> Result<(File, u64), OpenError> {
+pub(crate) fn open(path: &Path, writable: bool) -> Result<(File, u64), OpenError> {
     let io = |source| OpenError::Io { path: path.to_owned(), source };
     let file = OpenOptions::new().read(true).write(writable).open(path).map_err(io)?;
     let metadata = file.metadata().map_err(io)?;
@@ -91,9 +89,11 @@ impl BlockDevice for RawImage {
 
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
         check_range(self.size_bytes, offset, len)?;
-        if len == 0 || punch_hole(&self.file, offset, len)? {
-            return Ok(());
-        }
+        make_zero(&self.file, offset, len)
+    }
+
+    fn zero_allocated(&self, offset: u64, len: u64) -> io::Result<()> {
+        check_range(self.size_bytes, offset, len)?;
         write_zeros(&self.file, offset, len)
     }
 
@@ -103,65 +103,6 @@ impl BlockDevice for RawImage {
 
     fn flush(&self) -> io::Result<()> {
         self.file.sync_data()
-    }
-}
-
-/// A raw file that nobody changes any more: the disk all sandboxes of a template start from.
-///
-/// Its holes are found once, at opening, and never read: a read of a hole would fill the host's
-/// page cache with zeros.
-#[derive(Debug)]
-pub struct BaseImage {
-    file: File,
-    size_bytes: u64,
-    data: Vec<Extent>,
-}
-
-impl BaseImage {
-    /// Opens the image at `path` for reading. The file must not change while it is open.
-    ///
-    /// # Errors
-    /// [`OpenError`].
-    pub fn open(path: &Path) -> Result<BaseImage, OpenError> {
-        let (file, size_bytes) = open(path, false)?;
-        let data = data_extents(&file, size_bytes)
-            .map_err(|source| OpenError::Io { path: path.to_owned(), source })?;
-        Ok(BaseImage { file, size_bytes, data })
-    }
-
-    /// Size in bytes; a multiple of [`BLOCK_BYTES`].
-    pub fn size_bytes(&self) -> u64 {
-        self.size_bytes
-    }
-
-    /// Bytes that are not holes.
-    pub fn data_bytes(&self) -> u64 {
-        self.data.iter().map(|extent| extent.end - extent.start).sum()
-    }
-
-    /// Fills `buf` from `offset`.
-    ///
-    /// # Errors
-    /// I/O errors of the file, and [`io::ErrorKind::InvalidInput`] outside the image.
-    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        check_range(self.size_bytes, offset, len_u64(buf))?;
-        let end = offset + len_u64(buf);
-        let mut at = offset;
-        let mut next = self.data.partition_point(|extent| extent.end <= offset);
-        while at < end {
-            let (start, stop) = match self.data.get(next) {
-                Some(extent) => (extent.start.clamp(at, end), extent.end.min(end)),
-                None => (end, end),
-            };
-            buf[index(at - offset)..index(start - offset)].fill(0);
-            if start < stop {
-                let part = &mut buf[index(start - offset)..index(stop - offset)];
-                self.file.read_exact_at(part, start)?;
-            }
-            at = stop.max(start);
-            next += 1;
-        }
-        Ok(())
     }
 }
 
@@ -177,6 +118,14 @@ pub(crate) fn punch_hole(file: &File, offset: u64, len: u64) -> io::Result<bool>
             Err(e) => return Err(e.into()),
         }
     }
+}
+
+/// Makes the range read as zeros: a hole where the file system can, else zeros as data.
+pub(crate) fn make_zero(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    if len == 0 || punch_hole(file, offset, len)? {
+        return Ok(());
+    }
+    write_zeros(file, offset, len)
 }
 
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
@@ -204,33 +153,10 @@ mod tests {
         for bytes in [0, 1, 4095, 4097] {
             fs::write(&path, vec![1; bytes]).expect("write");
             assert!(matches!(RawImage::open(&path), Err(OpenError::Unaligned { .. })));
-            assert!(matches!(BaseImage::open(&path), Err(OpenError::Unaligned { .. })));
         }
-        assert!(matches!(BaseImage::open(dir.path()), Err(OpenError::NotAFile { .. })));
+        assert!(matches!(open(dir.path(), false), Err(OpenError::NotAFile { .. })));
         let absent = dir.path().join("absent");
-        assert!(matches!(BaseImage::open(&absent), Err(OpenError::Io { .. })));
-    }
-
-    #[test]
-    fn a_sparse_base_reads_like_its_file() {
-        let dir = tempfile::tempdir().expect("temp folder");
-        let path = dir.path().join("disk");
-        let file = File::create(&path).expect("create");
-        file.set_len(1 << 20).expect("grow");
-        file.write_all_at(&[7; 5000], 64 * 1024).expect("write");
-        file.write_all_at(&[9; 10], 512 * 1024 - 5).expect("write");
-        let whole = fs::read(&path).expect("read");
-        let base = BaseImage::open(&path).expect("open");
-        assert!(base.data_bytes() < 1 << 20, "the file system made no hole");
-        for (offset, len) in
-            [(0, 1 << 20), (60_000, 12_000), (524_000, 600), (70_000, 10), (1 << 20, 0)]
-        {
-            let mut buf = vec![0xaa; len];
-            base.read_at(&mut buf, u64::try_from(offset).expect("small")).expect("read");
-            assert_eq!(buf, whole[offset..offset + len], "{len} bytes at {offset}");
-        }
-        let e = base.read_at(&mut [0; 2], (1 << 20) - 1).expect_err("outside");
-        assert_eq!(e.kind(), io::ErrorKind::InvalidInput);
+        assert!(matches!(RawImage::open(&absent), Err(OpenError::Io { .. })));
     }
 
     #[test]

@@ -3,6 +3,16 @@
 //! Fixed newstyle negotiation, simple replies, one default export. Numbers, names and rules are
 //! those of the NBD protocol document (`doc/proto.md` of the NBD project).
 //!
+//! What is offered, and what is not:
+//!
+//! - FLUSH and FUA call [`BlockDevice::flush`](crate::BlockDevice::flush), and what that promises is
+//!   the disk's matter: a raw file is synced, an overlay has nothing to promise until it is sealed.
+//! - WRITE_ZEROES may leave a hole unless the client says NO_HOLE, and TRIM gives whole blocks back.
+//! - No FAST_ZERO: its only use is to ask whether clearing a whole disk ahead of a copy is cheaper than
+//!   writing it, and a guest never asks.
+//! - No structured replies, so no BLOCK_STATUS: QEMU asks for it when it copies images, never for
+//!   a guest's I/O, and a copy of an image is made from its layers, not through the socket.
+//!
 //! - `protocol`: the bytes, parsed and made.
 //! - `handshake`: options until transmission starts.
 //! - `transmission`: requests until the client leaves.

@@ -8,7 +8,9 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use belljar_blockstore::{BaseImage, BlockDevice, NbdServer, Overlay, RawImage};
+use belljar_blockstore::{
+    BlockDevice, LayerName, LayerStore, LayeredImage, NbdServer, Overlay, RawImage,
+};
 
 const MIB: usize = 1 << 20;
 
@@ -70,7 +72,9 @@ fn pattern(len: usize) -> Vec<u8> {
 fn overlay_rig(content: &[u8]) -> (Rig, Arc<Overlay>) {
     let dir = tempfile::tempdir().expect("temp folder");
     fs::write(dir.path().join("base"), content).expect("write");
-    let base = Arc::new(BaseImage::open(&dir.path().join("base")).expect("open"));
+    let store = LayerStore::open(dir.path()).expect("a folder");
+    let name = LayerName::new("base").expect("a name");
+    let base = Arc::new(LayeredImage::raw(&store, &name).expect("open"));
     let overlay = Arc::new(Overlay::create(base, &dir.path().join("overlay")).expect("create"));
     (Rig::serve(dir, overlay.clone()), overlay)
 }

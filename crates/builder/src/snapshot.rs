@@ -16,7 +16,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use belljar_blockstore::{
-    BaseImage, BindError, CloneError, NbdServer, OpenError, RawImage, SocketOwner, clone_file,
+    BindError, CloneError, LayerStore, LayeredImage, NbdServer, OpenError, RawImage, SocketOwner,
+    clone_file,
 };
 use belljar_daemon::{Scope, Teardown, clock};
 use belljar_domain::{BuildId, Kind, MiB, TemplateId, Vcpus};
@@ -201,7 +202,10 @@ pub fn source_key(
 
 /// Reads the disk as an image, because reading the file would fill the page cache with its holes.
 fn disk_digest(path: &Path) -> Result<blake3::Hash, BuildError> {
-    let disk = BaseImage::open(path)?;
+    let folder = path.parent().unwrap_or(path);
+    let store = LayerStore::open(folder).map_err(|e| io_error("list", folder)(e.source))?;
+    let name = store.name_of(path).map_err(|e| io_error("open", path)(io::Error::other(e)))?;
+    let disk = LayeredImage::raw(&store, &name)?;
     let mut content = blake3::Hasher::new();
     let mut buf = vec![0; 1 << 20];
     let mut at = 0;

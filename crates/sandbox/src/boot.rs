@@ -12,7 +12,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use belljar_blockstore::{BaseImage, NbdServer, Overlay, SocketOwner};
+use belljar_blockstore::{LayeredImage, NbdServer, Overlay, SocketOwner};
 use belljar_daemon::fault::{Point, reach};
 use belljar_daemon::{Scope, Teardown, clock};
 use belljar_domain::{BuildId, Kind, SandboxId, UnixMillis};
@@ -126,7 +126,7 @@ pub(crate) struct Booted {
 /// A template as the boot path needs it: its record, its folder and its opened base disk.
 pub(crate) struct ReadyTemplate {
     pub(crate) template: Template,
-    pub(crate) base: Arc<BaseImage>,
+    pub(crate) base: Arc<LayeredImage>,
     pub(crate) envd_version: Arc<str>,
 }
 
@@ -335,7 +335,7 @@ async fn lease_slot(
 
 /// Lays a private overlay over the template's disk and serves it on a socket in the run folder.
 fn export_disk(
-    base: &Arc<BaseImage>,
+    base: &Arc<LayeredImage>,
     places: &Places,
     identity: Option<Identity>,
     undo: &mut Teardown,

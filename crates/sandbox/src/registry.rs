@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use belljar_blockstore::BaseImage;
+use belljar_blockstore::{LayerStore, LayeredImage};
 use belljar_daemon::{OnError, Scope, clock};
 use belljar_domain::{BuildId, ExecutionId, SandboxId, UnixMillis};
 use tokio::sync::{Semaphore, broadcast, oneshot};
@@ -394,6 +394,10 @@ fn load_templates(
     fingerprint: &str,
 ) -> Result<(ReadyTemplates, Vec<Template>), OpenError> {
     let templates = load_each(dir).map_err(|source| OpenError::Templates { source })?;
+    // Layers are named by their paths below the data folder, which holds the templates' folder.
+    let root = dir.parent().unwrap_or(dir);
+    let layers = LayerStore::open(root)
+        .map_err(|e| OpenError::Dir { path: root.to_owned(), source: e.source })?;
     let mut ready = ReadyTemplates::new();
     let mut unusable = Vec::new();
     for template in templates {
@@ -408,11 +412,11 @@ fn load_templates(
             unusable.push(template);
             continue;
         }
-        let base = match BaseImage::open(&template.rootfs()) {
+        let base = match open_disk(&layers, &template) {
             Ok(base) => Arc::new(base),
             Err(e) => {
                 let dir = template.dir.display();
-                warn!(%dir, error = %chain(&e), "a template's disk cannot be opened: passed over");
+                warn!(%dir, error = %chain(&*e), "a template's disk cannot be opened: passed over");
                 continue;
             }
         };
@@ -421,6 +425,13 @@ fn load_templates(
         ready.insert(build_id, Arc::new(ReadyTemplate { template, base, envd_version }));
     }
     Ok((ready, unusable))
+}
+
+fn open_disk(
+    layers: &LayerStore,
+    template: &Template,
+) -> Result<LayeredImage, Box<dyn std::error::Error>> {
+    Ok(LayeredImage::raw(layers, &layers.name_of(&template.rootfs())?)?)
 }
 
 /// The whole chain of an error on one line, for the log.

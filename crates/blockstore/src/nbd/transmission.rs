@@ -12,7 +12,6 @@ use crate::device::{BlockDevice, index};
 const KEPT_BUFFER_BYTES: usize = 1 << 20;
 /// Writes are taken from the socket in pieces of this size, so a write needs no larger buffer.
 const WRITE_PIECE_BYTES: usize = 256 << 10;
-static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Why a connection ended other than by its client leaving.
 #[derive(Debug, thiserror::Error)]
@@ -167,7 +166,7 @@ fn without_data(device: &dyn BlockDevice, request: Request) -> u32 {
         Command::Trim if !in_range(device, request) => return errno::EINVAL,
         Command::WriteZeroes if !in_range(device, request) => return errno::ENOSPC,
         Command::Trim => device.trim(request.offset, len),
-        Command::WriteZeroes if request.no_hole => write_zeros(device, request.offset, len),
+        Command::WriteZeroes if request.no_hole => device.zero_allocated(request.offset, len),
         Command::WriteZeroes => device.zero(request.offset, len),
         Command::Read | Command::Write | Command::Disconnect | Command::Unknown => {
             return errno::EINVAL;
@@ -175,17 +174,6 @@ fn without_data(device: &dyn BlockDevice, request: Request) -> u32 {
     };
     let done = done.and_then(|()| if request.fua { device.flush() } else { Ok(()) });
     done.err().map_or(0, |e| error_number(&e))
-}
-
-/// Zeroes that are backed by space: written as data.
-fn write_zeros(device: &dyn BlockDevice, offset: u64, len: u64) -> io::Result<()> {
-    let (mut at, end) = (offset, offset + len);
-    while at < end {
-        let part = (end - at).min(crate::device::len_u64(&ZEROS));
-        device.write_at(&ZEROS[..index(part)], at)?;
-        at += part;
-    }
-    Ok(())
 }
 
 fn in_range(device: &dyn BlockDevice, request: Request) -> bool {

@@ -38,8 +38,6 @@ use crate::warm::{COMMANDS, Guest, WarmError};
 const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 const READY_DEADLINE: Duration = Duration::from_secs(60);
 const FLUSH_DEADLINE: Duration = Duration::from_secs(60);
-/// Set apart from the nonce of the one `Init` before it.
-const FLUSH_NONCE: u64 = 2;
 /// For one request to the guest; the first Python start on an emulated processor takes seconds.
 const REQUEST_DEADLINE: Duration = Duration::from_secs(60);
 const UNDO_DEADLINE: Duration = Duration::from_secs(30);
@@ -347,7 +345,7 @@ async fn prepare(
             guest.run(command).await?;
         }
     }
-    control.prepare_snapshot(FLUSH_NONCE, FLUSH_DEADLINE).await?;
+    control.prepare_snapshot(FLUSH_DEADLINE).await?;
     Ok(envd_version)
 }
 

@@ -149,7 +149,7 @@ async fn booting_and_saving(harness: &dyn Harness) -> Saved {
     running.init().await.expect("a thawed guest answers");
     running
         .control
-        .prepare_snapshot(7, harness.patience())
+        .prepare_snapshot(harness.patience())
         .await
         .expect("the guest prepares for its snapshot");
     running.machine.save().await.expect("save a booted machine");

@@ -56,7 +56,7 @@ async fn template(harness: &QemuHarness) -> (MachineSpec, std::path::PathBuf) {
         harness.runtime().boot(spec.clone(), source).await.expect("boot the template");
     let mut control = GuestControl::new(machine.take_control().expect("a new machine"));
     control.booted(LIMIT).await.expect("the guest boots");
-    control.prepare_snapshot(1, LIMIT).await.expect("the guest prepares");
+    control.prepare_snapshot(LIMIT).await.expect("the guest prepares");
     machine.save().await.expect("save the template");
     machine.kill().await.expect("kill the template");
     (spec, artifacts)

@@ -9,11 +9,14 @@
 //! Order: after a cold boot the guest sends [`FromGuest::Booted`]. After a boot or a restore the
 //! host sends [`ToGuest::Init`] and the guest answers [`FromGuest::Ready`] with the same nonce
 //! once it serves requests with the new identity. Before a snapshot the host sends
-//! [`ToGuest::PrepareSnapshot`] and waits for [`FromGuest::Prepared`].
+//! [`ToGuest::PrepareSnapshot`] and waits for [`FromGuest::Prepared`]. A machine that goes on after
+//! its snapshot is told so by [`ToGuest::Continue`] and answers [`FromGuest::Continued`]; one that
+//! is started from the snapshot gets an `Init` as any other.
 //!
 //! Logs: a guest that was told to by [`Init::logs`] sends [`FromGuest::Log`] between its answers,
-//! until it is told to prepare a snapshot: a saved guest is never in the middle of a line, and
-//! says nothing before its next `Init`.
+//! until it is told to prepare a snapshot: a saved guest is never in the middle of a line. What it
+//! has to say from then on it keeps; `Continue` has it sent, and `Init` has it thrown away, because a
+//! clone must not repeat what its origin said.
 
 use std::collections::BTreeMap;
 
@@ -50,6 +53,14 @@ pub enum ToGuest {
     PrepareSnapshot {
         /// Echoed in the answer.
         nonce: u64,
+    },
+    /// Go on as the sandbox the guest was before [`ToGuest::PrepareSnapshot`]: nothing of it is
+    /// closed or forgotten.
+    Continue {
+        /// Echoed in [`FromGuest::Continued`].
+        nonce: u64,
+        /// The host's clock, nanoseconds since the Unix epoch; 0 leaves the guest's clock alone.
+        time_unix_ns: u64,
     },
     /// Stop user processes, flush and power off.
     Shutdown,
@@ -99,6 +110,11 @@ pub enum FromGuest {
     },
     /// A [`ToGuest::PrepareSnapshot`] was applied.
     Prepared {
+        /// The nonce of that message.
+        nonce: u64,
+    },
+    /// A [`ToGuest::Continue`] was applied.
+    Continued {
         /// The nonce of that message.
         nonce: u64,
     },
@@ -225,6 +241,19 @@ mod tests {
         let line = encode(&init);
         assert_eq!(line.iter().filter(|b| **b == b'\n').count(), 1);
         assert_eq!(decode::<ToGuest>(&line).expect("own line"), init);
+    }
+
+    #[test]
+    fn going_on_is_spelled_as_both_sides_know_it() {
+        let go_on = ToGuest::Continue { nonce: 3, time_unix_ns: 1_700_000_000_000_000_000 };
+        let line = br#"{"type":"continue","nonce":3,"time_unix_ns":1700000000000000000}"#;
+        assert_eq!(decode::<ToGuest>(line).expect("a message"), go_on);
+        assert_eq!(decode::<ToGuest>(&encode(&go_on)).expect("own line"), go_on);
+        let line = br#"{"type":"continued","nonce":3}"#;
+        assert_eq!(
+            decode::<FromGuest>(line).expect("a message"),
+            FromGuest::Continued { nonce: 3 }
+        );
     }
 
     fn log_line() -> LogLine {

@@ -241,8 +241,17 @@ fn obey(state: &State, line: &[u8]) -> Obeyed {
         }
         Ok(ToGuest::PrepareSnapshot { nonce }) => {
             rustix::fs::sync();
-            state.logs.want(false);
+            state.logs.hold();
             Obeyed::with(FromGuest::Prepared { nonce })
+        }
+        Ok(ToGuest::Continue { nonce, time_unix_ns }) => {
+            // Logs go on whether or not the clock can be set: the host hears of that.
+            state.logs.release();
+            let stepped = if time_unix_ns == 0 { Ok(()) } else { set_clock(time_unix_ns) };
+            Obeyed::with(match stepped.map_err(InitError::Clock) {
+                Ok(()) => FromGuest::Continued { nonce },
+                Err(error) => FromGuest::Failed { nonce, message: error.to_string() },
+            })
         }
         Ok(ToGuest::Shutdown) => {
             // What is frozen could neither be asked to end nor write what it must.
@@ -385,6 +394,31 @@ mod tests {
         let state = State::new(Settings::on_host("root"));
         let line = guest::encode(&ToGuest::PrepareSnapshot { nonce: 3 });
         assert_eq!(obey(&state, &line), Obeyed::with(FromGuest::Prepared { nonce: 3 }));
+    }
+
+    #[test]
+    fn a_guest_that_goes_on_is_who_it_was_and_has_its_logs() {
+        let state = State::new(Settings::on_host("root"));
+        let init = Init {
+            nonce: 1,
+            access_token: Some("secret".to_owned()),
+            logs: true,
+            ..Init::default()
+        };
+        obey(&state, &guest::encode(&ToGuest::Init(init)));
+        state.set_settling(false);
+        obey(&state, &guest::encode(&ToGuest::PrepareSnapshot { nonce: 2 }));
+        assert!(state.logs.is_held() && state.logs.is_wanted());
+        let line = guest::encode(&ToGuest::Continue { nonce: 3, time_unix_ns: 0 });
+        assert_eq!(obey(&state, &line), Obeyed::with(FromGuest::Continued { nonce: 3 }));
+        assert!(!state.logs.is_held() && state.logs.is_wanted());
+        assert_eq!(state.check_token(Some(b"secret")), TokenCheck::Right);
+
+        // As a clone of it is told who it is.
+        obey(&state, &guest::encode(&ToGuest::PrepareSnapshot { nonce: 4 }));
+        let epoch = state.logs.epoch();
+        obey(&state, &guest::encode(&ToGuest::Init(Init { logs: true, ..Init::default() })));
+        assert!(!state.logs.is_held() && state.logs.epoch() != epoch);
     }
 
     #[test]

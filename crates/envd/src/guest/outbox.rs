@@ -12,7 +12,7 @@ use crate::process::log_tap::LogTap;
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     answers: Vec<u8>,
-    /// A message with logs that gave way to answers.
+    /// A message with logs that gave way to answers, or to a snapshot.
     held: Vec<u8>,
     sending: Vec<u8>,
     /// How much of `sending` is written.
@@ -29,7 +29,8 @@ impl Outbox {
         self.answers.extend_from_slice(&guest::encode(message));
     }
 
-    /// Writes what the host takes now, answers before logs; the rest waits.
+    /// Writes what the host takes now, answers before logs; the rest waits. While the tap holds its
+    /// lines no message with logs is begun.
     ///
     /// # Errors
     /// What `write` fails with, but for a port that takes nothing now and for interruptions.
@@ -47,7 +48,7 @@ impl Outbox {
             self.forget_unsent();
         }
         loop {
-            if self.is_log && self.sent == 0 && !self.answers.is_empty() {
+            if self.is_log && self.sent == 0 && (logs.is_held() || !self.answers.is_empty()) {
                 self.held = std::mem::take(&mut self.sending);
             }
             if self.sent == self.sending.len() && !self.next(logs) {
@@ -68,6 +69,8 @@ impl Outbox {
         self.is_log = self.answers.is_empty();
         self.sending = if !self.is_log {
             std::mem::take(&mut self.answers)
+        } else if logs.is_held() {
+            Vec::new()
         } else if !self.held.is_empty() {
             std::mem::take(&mut self.held)
         } else {
@@ -175,6 +178,37 @@ mod tests {
         let messages = host.messages();
         assert_eq!(texts(&messages[0]), ["one"]);
         assert_eq!(messages[1..], [prepared(1)]);
+    }
+
+    #[test]
+    fn logs_wait_for_the_end_of_a_snapshot_and_a_clone_sends_none() {
+        let tap = tap_with("one\n");
+        let mut outbox = Outbox::default();
+        // A message is made up, and the host takes nothing yet.
+        outbox.flush(&tap, |_| Err(Errno::AGAIN)).expect("the host is only slow");
+        tap.hold();
+        test_lines(&tap, "two\n");
+        outbox.say(&prepared(1));
+        let mut host = Host::with_room(usize::MAX);
+        outbox.flush(&tap, |bytes| host.take(bytes)).expect("it takes all");
+        assert_eq!(host.messages(), [prepared(1)]);
+        test_lines(&tap, "three\n");
+
+        tap.release();
+        outbox.flush(&tap, |bytes| host.take(bytes)).expect("it takes all");
+        let said: Vec<_> = host.messages();
+        let said: Vec<&str> = said.iter().flat_map(texts).collect();
+        assert_eq!(said, ["one", "two", "three"]);
+
+        tap.hold();
+        test_lines(&tap, "of the origin\n");
+        tap.want(true);
+        let mut clone = Host::with_room(usize::MAX);
+        outbox.flush(&tap, |bytes| clone.take(bytes)).expect("it takes all");
+        assert_eq!(clone.messages(), []);
+        test_lines(&tap, "of the clone\n");
+        outbox.flush(&tap, |bytes| clone.take(bytes)).expect("it takes all");
+        assert_eq!(clone.messages().iter().flat_map(texts).collect::<Vec<_>>(), ["of the clone"]);
     }
 
     #[test]

@@ -7,8 +7,8 @@
 //!
 //! The copy never holds a process back. What the allowance does not cover, or the queue has no
 //! room for, is left out, and a later line says how much that was; counting costs one look for
-//! line feeds. Before a host asks for logs, and after a snapshot is prepared, nothing is kept at
-//! all, so a clone never sends what its origin said.
+//! line feeds. Before a host asks for logs nothing is kept at all. After a snapshot is prepared lines
+//! are kept and not given out: the machine that goes on sends them, a clone throws them away.
 
 mod lines;
 
@@ -34,6 +34,8 @@ use crate::clock;
 pub(crate) struct LogTap {
     /// As in `lines`, for a look without the lock.
     wanted: AtomicBool,
+    /// Whether what is kept must stay here.
+    held: AtomicBool,
     /// Counted up when everything kept was thrown away.
     epoch: AtomicU64,
     /// Rings when there is something to take.
@@ -42,8 +44,12 @@ pub(crate) struct LogTap {
 }
 
 impl LogTap {
-    /// Starts or stops keeping lines. What was kept is thrown away when it stops.
+    /// Starts or stops keeping lines. What was kept is thrown away when it stops, and when it was
+    /// held back: whoever asks now is not who was to hear it.
     pub(crate) fn want(&self, wanted: bool) {
+        if self.held.swap(false, Ordering::AcqRel) {
+            self.clear();
+        }
         let mut lines = self.lock();
         lines.wanted = wanted;
         self.wanted.store(wanted, Ordering::Release);
@@ -55,6 +61,21 @@ impl LogTap {
     /// Whether lines are kept.
     pub(crate) fn is_wanted(&self) -> bool {
         self.wanted.load(Ordering::Acquire)
+    }
+
+    /// Gives out nothing until [`LogTap::release`] or [`LogTap::want`].
+    pub(crate) fn hold(&self) {
+        self.held.store(true, Ordering::Release);
+    }
+
+    /// Gives out again what was held back.
+    pub(crate) fn release(&self) {
+        self.held.store(false, Ordering::Release);
+    }
+
+    /// Whether nothing is given out.
+    pub(crate) fn is_held(&self) -> bool {
+        self.held.load(Ordering::Acquire)
     }
 
     /// Throws away everything kept: it is of no use to the host, or none of its business.

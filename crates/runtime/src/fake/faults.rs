@@ -26,6 +26,8 @@ pub enum Step {
     GuestInit,
     /// The guest is about to say that it is prepared for a snapshot.
     GuestPrepare,
+    /// The guest is about to say that it goes on after a snapshot.
+    GuestContinue,
     /// The guest got a request on its HTTP port.
     GuestHttp,
 }

@@ -77,6 +77,9 @@ async fn obey(line: &[u8], host: &mut DuplexStream, body: &Body) -> io::Result<(
         ToGuest::PrepareSnapshot { nonce } => {
             tried(body, Step::GuestPrepare, nonce, FromGuest::Prepared { nonce }).await
         }
+        ToGuest::Continue { nonce, .. } => {
+            tried(body, Step::GuestContinue, nonce, FromGuest::Continued { nonce }).await
+        }
         ToGuest::Shutdown => {
             body.end(ExitCause::GuestStopped);
             None

@@ -24,7 +24,7 @@ use belljar_domain::{BuildId, Kind, MiB, TemplateId, Vcpus};
 use belljar_network::{EgressPolicy, GATEWAY_IP, GUEST_IP, GUEST_PREFIX_LEN, LeaseError, Slots};
 use belljar_runtime::control::{ControlError, GuestControl};
 use belljar_runtime::{
-    BootSource, DiskExport, ExitCause, Identity, KillError, Machine, MachineSpec,
+    BootMemory, BootSource, DiskExport, ExitCause, Identity, KillError, Machine, MachineSpec,
     NetworkAttachment, Runtime, SaveError, StartError,
 };
 use belljar_sandbox::template::{Template, TemplateDraft, TemplateError, TemplateMeta};
@@ -271,7 +271,7 @@ async fn acquire_and_save(
     let source = BootSource {
         kernel: config.kernel.clone(),
         cmdline: kernel_words(config.dns),
-        artifacts: draft.dir().to_owned(),
+        memory: BootMemory::Saveable { artifacts: draft.dir().to_owned() },
     };
     let mut machine = deps.runtime.boot(spec, source).await?;
     let baked = tokio::select! {

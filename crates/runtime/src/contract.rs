@@ -15,7 +15,15 @@ use belljar_domain::Vcpus;
 use belljar_wire::guest::{Init, ToGuest};
 
 use crate::control::{ControlError, GuestControl};
-use crate::machine::{BootSource, ExitCause, Machine, MachineSpec, Runtime, SaveError, StartError};
+use crate::machine::{
+    BootMemory, BootSource, ExitCause, Machine, MachineSpec, Runtime, SaveError, StartError,
+};
+use crate::pages::{SavedMachine, SnapshotTarget};
+
+mod pages;
+mod snapshots;
+
+pub use pages::KeptPages;
 
 /// How long a frozen guest must be silent to count as frozen.
 const SILENCE: Duration = Duration::from_millis(300);
@@ -26,12 +34,30 @@ pub trait Harness: Send + Sync {
     /// The driver. Always the same one.
     fn runtime(&self) -> Arc<dyn Runtime>;
 
-    /// A kernel, and a new folder for the machine `name`'s artifacts.
-    async fn source(&self, name: &str) -> BootSource;
+    /// The guest kernel.
+    fn kernel(&self) -> PathBuf;
+
+    /// A new empty folder.
+    async fn folder(&self, name: &str) -> PathBuf;
 
     /// A machine with a run folder of its own. Its root disk is pristine, or what the disk of
     /// the machine `saved` became. The harness may extend the name.
     async fn spec(&self, name: &str, saved: Option<&MachineSpec>) -> MachineSpec;
+
+    /// As [`Harness::spec`], with what the disk of the machine `frozen` is, which is frozen now.
+    async fn fork(&self, name: &str, frozen: &MachineSpec) -> MachineSpec;
+
+    /// Has the guest of the machine write what `seed` grows into over some of its memory, and says
+    /// the digest of it; `None` where guests do not know how.
+    async fn scribble(
+        &self,
+        spec: &MachineSpec,
+        control: &mut GuestControl,
+        seed: u64,
+    ) -> Option<u64>;
+
+    /// The digest of what [`Harness::scribble`] wrote, by what is in the guest's memory now.
+    async fn recall(&self, spec: &MachineSpec, control: &mut GuestControl) -> Option<u64>;
 
     /// How long any single step may take.
     fn patience(&self) -> Duration;
@@ -68,6 +94,7 @@ pub async fn run(harness: &dyn Harness) {
     a_guest_that_stops_is_told_from_a_crash(harness, &saved).await;
     a_leaked_machine_is_reclaimed(harness, &saved).await;
     a_dropped_machine_is_gone(harness, &saved).await;
+    snapshots::run(harness, &saved).await;
 }
 
 impl Running {
@@ -79,8 +106,8 @@ impl Running {
 
     async fn boot(harness: &dyn Harness, name: &str) -> (Running, PathBuf) {
         let spec = harness.spec(name, None).await;
-        let source = harness.source(name).await;
-        let artifacts = source.artifacts.clone();
+        let artifacts = harness.folder(&format!("{name}-artifacts")).await;
+        let source = saveable(harness, &artifacts);
         let machine = harness.runtime().boot(spec.clone(), source).await.expect("boot a machine");
         let mut running = Running::new(machine, spec, harness.patience());
         running.control.booted(harness.patience()).await.expect("the guest says that it booted");
@@ -92,7 +119,7 @@ impl Running {
         let spec = harness.spec(name, Some(&saved.spec)).await;
         let machine = harness
             .runtime()
-            .restore(spec.clone(), &saved.artifacts)
+            .restore(spec.clone(), SavedMachine::template(&saved.artifacts))
             .await
             .expect("restore a saved machine");
         let mut running = Running::new(machine, spec, harness.patience());
@@ -124,11 +151,17 @@ impl Running {
     }
 }
 
+/// A boot for a template.
+fn saveable(harness: &dyn Harness, artifacts: &Path) -> BootSource {
+    let memory = BootMemory::Saveable { artifacts: artifacts.to_owned() };
+    BootSource { kernel: harness.kernel(), cmdline: Vec::new(), memory }
+}
+
 async fn starting_without_a_kernel_is_refused_by_name(harness: &dyn Harness) {
     let spec = harness.spec("no-kernel", None).await;
-    let mut source = harness.source("no-kernel").await;
-    source.kernel = source.artifacts.join("no-such-kernel");
-    let (kernel, artifacts) = (source.kernel.clone(), source.artifacts.clone());
+    let artifacts = harness.folder("no-kernel-artifacts").await;
+    let kernel = artifacts.join("no-such-kernel");
+    let source = BootSource { kernel: kernel.clone(), ..saveable(harness, &artifacts) };
     let error = harness.runtime().boot(spec.clone(), source).await.err();
     let named = matches!(&error, Some(StartError::Missing { path, .. }) if *path == kernel);
     assert!(named, "booting without a kernel says {error:?}");
@@ -152,6 +185,13 @@ async fn booting_and_saving(harness: &dyn Harness) -> Saved {
         .prepare_snapshot(harness.patience())
         .await
         .expect("the guest prepares for its snapshot");
+    let folder = harness.folder("template-snapshot").await;
+    running.machine.freeze().await.expect("freeze a booted machine");
+    let pages = Box::new(KeptPages::default());
+    let error = running.machine.snapshot(SnapshotTarget { folder, pages }).await.err();
+    let named = matches!(error, Some(SaveError::NotPrivate));
+    assert!(named, "a snapshot of a machine whose memory others will map says {error:?}");
+    running.machine.thaw().await.expect("thaw it");
     running.machine.save().await.expect("save a booted machine");
     for name in ["memory", "state", "machine.json"] {
         assert!(artifacts.join(name).is_file(), "a saved machine has a file {name}");
@@ -166,40 +206,40 @@ async fn restoring_what_does_not_fit_is_refused_by_name(harness: &dyn Harness, s
     let runtime = harness.runtime();
     let spec = harness.spec("misfit", Some(&saved.spec)).await;
     for missing in ["memory", "state", "machine.json"] {
-        let folder = harness.source(&format!("without-{}", &missing[..5])).await.artifacts;
+        let folder = harness.folder(&format!("without-{}", &missing[..5])).await;
         linked_copy(&saved.artifacts, &folder, missing);
-        let error = runtime.restore(spec.clone(), &folder).await.err();
+        let error = runtime.restore(spec.clone(), SavedMachine::template(&folder)).await.err();
         let wanted = folder.join(missing);
         let named = matches!(&error, Some(StartError::Missing { path, .. }) if *path == wanted);
         assert!(named, "restoring without {missing} says {error:?}");
     }
 
-    let folder = harness.source("cut").await.artifacts;
+    let folder = harness.folder("cut").await;
     linked_copy(&saved.artifacts, &folder, "state");
     let state = fs::read(saved.artifacts.join("state")).expect("a saved machine has a state");
     fs::write(folder.join("state"), &state[..state.len() / 2]).expect("write a cut state");
-    let error = runtime.restore(spec.clone(), &folder).await.err();
+    let error = runtime.restore(spec.clone(), SavedMachine::template(&folder)).await.err();
     assert!(matches!(error, Some(StartError::Corrupt { .. })), "a cut state says {error:?}");
     fs::write(folder.join("state"), vec![0x5A; state.len()]).expect("write a nonsense state");
-    let error = runtime.restore(spec.clone(), &folder).await.err();
+    let error = runtime.restore(spec.clone(), SavedMachine::template(&folder)).await.err();
     let named = matches!(
         error,
         Some(StartError::Corrupt { .. } | StartError::Died { .. } | StartError::Refused { .. })
     );
     assert!(named, "a nonsense state says {error:?}");
 
-    let folder = harness.source("other-driver").await.artifacts;
+    let folder = harness.folder("other-driver").await;
     linked_copy(&saved.artifacts, &folder, "machine.json");
     let text = fs::read_to_string(saved.artifacts.join("machine.json")).expect("it is text");
     let foreign = text.replace(&runtime.fingerprint(), "another driver");
     fs::write(folder.join("machine.json"), foreign).expect("write a foreign description");
-    let error = runtime.restore(spec.clone(), &folder).await.err();
+    let error = runtime.restore(spec.clone(), SavedMachine::template(&folder)).await.err();
     let named = matches!(&error, Some(StartError::Incompatible { saved, .. })
         if saved.contains("another driver"));
     assert!(named, "a machine of another driver says {error:?}");
 
     let bigger = MachineSpec { vcpus: Vcpus(spec.vcpus.0 + 1), ..spec.clone() };
-    let error = runtime.restore(bigger, &saved.artifacts).await.err();
+    let error = runtime.restore(bigger, SavedMachine::template(&saved.artifacts)).await.err();
     let named = matches!(error, Some(StartError::Incompatible { .. }));
     assert!(named, "a machine of another shape says {error:?}");
     nothing_is_left(harness, &spec.name).await;
@@ -235,7 +275,7 @@ async fn a_frozen_machine_is_silent_until_thawed(harness: &dyn Harness, saved: &
 async fn a_restored_machine_cannot_be_saved(harness: &dyn Harness, saved: &Saved) {
     let mut running = Running::restore(harness, "unsaveable", saved).await;
     let error = running.machine.save().await.err();
-    assert!(matches!(error, Some(SaveError::NotBooted)), "saving a restored machine: {error:?}");
+    assert!(matches!(error, Some(SaveError::NotSaveable)), "saving a restored machine: {error:?}");
     running.init().await.expect("a refused save does no harm");
     running.kill().await;
 }

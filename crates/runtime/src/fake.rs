@@ -2,11 +2,13 @@
 //!
 //! A fake machine is a task, and one more for each connection to its guest. Its guest speaks the control channel as the real daemon does
 //! and, given a network slot, answers HTTP on the daemon's port; a frozen one is silent. Files are
-//! written and asked for as the real driver does. [`Faults`] break any step on purpose.
+//! written and asked for as the real driver does; its memory is what was written to it, by tests too
+//! ([`FakeRuntime::write_memory`]). [`Faults`] break any step on purpose.
 
 mod faults;
 mod guest;
 mod machine;
+mod memory;
 
 pub use faults::{Fault, Faults, Step};
 pub use guest::HTTP_PORT;
@@ -14,15 +16,18 @@ pub use guest::HTTP_PORT;
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use belljar_domain::Tier;
 
-use crate::machine::{BootSource, ExitCause, KillError, Machine, MachineSpec, Runtime, StartError};
+use crate::machine::{
+    BootMemory, BootSource, ExitCause, KillError, Machine, MachineSpec, Runtime, StartError,
+};
+use crate::pages::{SavedMachine, SavedMemory};
 use crate::saved::{self, SavedFiles, Shape};
 use machine::{Body, FakeMachine};
+use memory::FakeMemory;
 
 /// What every state file of the fake says.
 const STATE: &[u8] = b"fake machine state 1\n";
@@ -57,13 +62,45 @@ impl FakeRuntime {
         Shape { fingerprint: self.fingerprint(), vcpus: spec.vcpus, memory: spec.memory }
     }
 
+    /// Does what a guest's program would: writes `bytes` at `offset` of the memory of the machine
+    /// `name`.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::NotFound`] when there is no such machine; I/O errors of its base;
+    /// [`io::ErrorKind::InvalidInput`] beyond the end of its memory.
+    pub fn write_memory(&self, name: &str, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.body(name)?.memory().write(offset, bytes)
+    }
+
+    /// What the machine `name` has in its memory at `offset`.
+    ///
+    /// # Errors
+    /// As [`FakeRuntime::write_memory`].
+    pub fn read_memory(&self, name: &str, offset: u64, length: usize) -> io::Result<Vec<u8>> {
+        self.body(name)?.memory().read(offset, length)
+    }
+
+    fn body(&self, name: &str) -> io::Result<Arc<Body>> {
+        let machines = self.machines.lock().unwrap_or_else(PoisonError::into_inner);
+        machines.get(name).map(Arc::clone).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
     async fn start(
         &self,
         spec: &MachineSpec,
-        saving_to: Option<(SavedFiles, Shape)>,
+        cold: bool,
+        saving_to: Option<SavedFiles>,
+        saved: SavedMemory,
     ) -> Result<Box<dyn Machine>, StartError> {
-        let cold = saving_to.is_some();
-        let body = Arc::new(Body::new(&spec.name, Arc::clone(&self.faults)));
+        let bytes = spec.memory.bytes();
+        let memory = if saved.pages.is_none() {
+            FakeMemory::restored(bytes, saved)
+        } else {
+            let reading = tokio::task::spawn_blocking(move || FakeMemory::restored(bytes, saved));
+            reading.await.map_err(io::Error::from).flatten()
+        };
+        let memory = memory.map_err(|source| StartError::Pages { source })?;
+        let body = Arc::new(Body::new(&spec.name, Arc::clone(&self.faults), memory));
         {
             let mut machines = self.machines.lock().unwrap_or_else(PoisonError::into_inner);
             if machines.contains_key(&body.name) {
@@ -72,7 +109,8 @@ impl FakeRuntime {
             }
             machines.insert(Arc::clone(&body.name), Arc::clone(&body));
         }
-        let machine = FakeMachine::new(body, Arc::clone(&self.machines), saving_to);
+        let machines = Arc::clone(&self.machines);
+        let machine = FakeMachine::new(body, machines, self.shape(spec), saving_to);
         // From here on an early return drops the machine, which ends it.
         let machine = machine.bring_up(spec, cold).await?;
         Ok(Box::new(machine))
@@ -115,13 +153,16 @@ impl Runtime for FakeRuntime {
             return Err(StartError::Missing { what: "guest kernel", path: source.kernel });
         }
         self.start_fault(Step::Boot, "boot the machine").await?;
-        let files = SavedFiles::within(&source.artifacts);
+        let zeros = SavedMemory { base: None, pages: None };
+        let BootMemory::Saveable { artifacts } = source.memory else {
+            return self.start(&spec, true, None, zeros).await;
+        };
+        let files = SavedFiles::within(&artifacts);
         let memory = files.memory.clone();
-        let shape = self.shape(&spec);
         fs::File::create_new(&memory)
             .and_then(|file| file.set_len(spec.memory.bytes()))
             .map_err(|source| StartError::Io { step: "make the machine's memory file", source })?;
-        let started = self.start(&spec, Some((files, shape))).await;
+        let started = self.start(&spec, true, Some(files), zeros).await;
         if started.is_err() {
             drop(fs::remove_file(memory));
         }
@@ -131,18 +172,18 @@ impl Runtime for FakeRuntime {
     async fn restore(
         &self,
         spec: MachineSpec,
-        artifacts: &Path,
+        saved: SavedMachine,
     ) -> Result<Box<dyn Machine>, StartError> {
         spec.check_name()?;
-        let files = saved::check(artifacts, &self.shape(&spec))?;
-        let state = fs::read(&files.state)
+        let found = saved::check(&saved, &self.shape(&spec))?;
+        let state = fs::read(&found.state)
             .map_err(|source| StartError::Io { step: "read the saved state", source })?;
         if state != STATE {
             let reason = "it is no state of a fake machine".to_owned();
-            return Err(StartError::Corrupt { path: files.state, reason });
+            return Err(StartError::Corrupt { path: found.state, reason });
         }
         self.start_fault(Step::Restore, "load the saved machine").await?;
-        self.start(&spec, None).await
+        self.start(&spec, false, None, saved.memory).await
     }
 
     async fn reclaim(&self, name: &str) -> Result<bool, KillError> {

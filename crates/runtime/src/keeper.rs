@@ -67,9 +67,33 @@ pub(crate) struct Process {
     _keeper: Arc<Keeper>,
 }
 
+/// Names a process without keeping it alive.
+#[derive(Debug, Clone)]
+pub(crate) struct ProcessHandle {
+    pid: u32,
+    pidfd: Arc<OwnedFd>,
+}
+
+impl ProcessHandle {
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Whether it has not ended. While that is so its id means it.
+    pub(crate) fn is_alive(&self) -> bool {
+        let mut watched = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut watched, Some(&now)) == Ok(0)
+    }
+}
+
 impl Process {
     pub(crate) fn pid(&self) -> u32 {
         self.pid
+    }
+
+    pub(crate) fn handle(&self) -> ProcessHandle {
+        ProcessHandle { pid: self.pid, pidfd: Arc::clone(&self.pidfd) }
     }
 
     /// Kills it, without waiting.

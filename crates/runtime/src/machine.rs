@@ -1,11 +1,13 @@
 //! The trait every isolation driver implements, and what it is told about a machine.
 
 use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use async_trait::async_trait;
 use belljar_domain::{Kind, MiB, Tier, Vcpus};
 use tokio::io::{AsyncRead, AsyncWrite};
+
+use crate::pages::{PageSink, SavedMachine, SnapshotTarget};
 
 /// Bytes to and from the guest daemon's control port (`wire::guest` lines).
 pub trait ControlStreamIo: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
@@ -28,7 +30,7 @@ pub trait Runtime: Send + Sync + 'static {
         true
     }
 
-    /// Cold-boots a machine whose memory and state will be saved into `source.artifacts`.
+    /// Cold-boots a machine.
     ///
     /// Returns once the machine runs; its guest says by the control stream when it is up.
     ///
@@ -40,8 +42,9 @@ pub trait Runtime: Send + Sync + 'static {
         source: BootSource,
     ) -> Result<Box<dyn Machine>, StartError>;
 
-    /// Starts a machine from what [`Machine::save`] left in `artifacts`, sharing its memory file
-    /// privately with every other machine restored from it.
+    /// Starts a machine from what [`Machine::save`] or [`Machine::snapshot`] left. It shares the
+    /// base of the saved memory privately with every other machine over it; the pages over the base
+    /// are its own.
     ///
     /// Returns once the machine runs.
     ///
@@ -50,7 +53,7 @@ pub trait Runtime: Send + Sync + 'static {
     async fn restore(
         &self,
         spec: MachineSpec,
-        artifacts: &Path,
+        saved: SavedMachine,
     ) -> Result<Box<dyn Machine>, StartError>;
 
     /// Kills what an earlier process left of the machine `name`: its process and cgroups. Says
@@ -80,11 +83,23 @@ pub trait Machine: Send + Sync {
     async fn thaw(&mut self) -> Result<(), PauseError>;
 
     /// Writes the machine's memory and state into the folder given at boot. The machine must have
-    /// been booted, not restored, and is frozen for good afterwards: the caller kills it.
+    /// been booted with [`BootMemory::Saveable`], and is frozen for good afterwards: the caller
+    /// kills it.
     ///
     /// # Errors
     /// [`SaveError`].
     async fn save(&mut self) -> Result<(), SaveError>;
+
+    /// Writes the state of a frozen machine into the target's folder, and every page of its memory
+    /// that it does not share with its base to the target's sink. Files are not yet on stable
+    /// storage: see [`crate::sync_saved`]. The machine stays frozen, to be thawed or killed.
+    ///
+    /// Any machine but one booted with [`BootMemory::Saveable`] can be snapshotted, any number of
+    /// times. When this is cancelled, a thread may read on for a moment; its sink is dropped then.
+    ///
+    /// # Errors
+    /// [`SaveError`]; nothing is left in the folder then, and the machine is as frozen as before.
+    async fn snapshot(&mut self, into: SnapshotTarget) -> Result<Box<dyn PageSink>, SaveError>;
 
     /// Waits until the machine is gone by itself or by [`Machine::kill`]. Cancel-safe.
     async fn exited(&mut self) -> ExitCause;
@@ -177,8 +192,20 @@ pub struct BootSource {
     pub kernel: PathBuf,
     /// Words added to the kernel's command line.
     pub cmdline: Vec<String>,
-    /// An existing folder for the memory file and what [`Machine::save`] writes.
-    pub artifacts: PathBuf,
+    /// Where its memory is, and with that what can be kept of it.
+    pub memory: BootMemory,
+}
+
+/// Where the memory of a booted machine is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BootMemory {
+    /// In a file that others will map: what [`Machine::save`] needs.
+    Saveable {
+        /// An existing folder for the memory file and what [`Machine::save`] writes.
+        artifacts: PathBuf,
+    },
+    /// With the machine alone: what [`Machine::snapshot`] needs.
+    Private,
 }
 
 /// Why a machine is gone.
@@ -228,6 +255,13 @@ pub enum StartError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The saved pages could not be read, or not be put into the machine's memory.
+    #[error("install the saved memory")]
+    Pages {
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// A system call failed.
     #[error("{step}")]
     Io {
@@ -269,6 +303,7 @@ impl StartError {
             | StartError::NoUsableDisk { .. }
             | StartError::Incompatible { .. }
             | StartError::Corrupt { .. }
+            | StartError::Pages { .. }
             | StartError::Io { .. }
             | StartError::Refused { .. } => Kind::Internal,
             StartError::Died { .. } => Kind::Unavailable,
@@ -294,9 +329,15 @@ pub enum PauseError {
 /// Why a machine could not be saved.
 #[derive(Debug, thiserror::Error)]
 pub enum SaveError {
-    /// The machine was restored, so its memory is private to it.
-    #[error("save a restored machine: only a booted one has its own memory file")]
-    NotBooted,
+    /// The machine's memory is private to it.
+    #[error("save a machine without a memory file of its own: snapshot it instead")]
+    NotSaveable,
+    /// The machine's memory is in a file that is shared with others.
+    #[error("snapshot a machine that was booted to be saved: save it instead")]
+    NotPrivate,
+    /// The machine runs.
+    #[error("snapshot a machine that runs: freeze it first")]
+    NotFrozen,
     /// The machine is gone.
     #[error("reach a machine that is gone")]
     Gone,
@@ -305,6 +346,20 @@ pub enum SaveError {
     Refused {
         /// Its answer.
         answer: String,
+    },
+    /// The machine's memory could not be read.
+    #[error("read the machine's memory")]
+    Memory {
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The sink did not take the pages.
+    #[error("pass on the machine's memory")]
+    Sink {
+        /// Why.
+        #[source]
+        source: std::io::Error,
     },
     /// A file could not be written.
     #[error("write {}", path.display())]

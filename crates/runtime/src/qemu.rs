@@ -2,7 +2,9 @@
 //!
 //! A machine's memory is a file. A booted machine shares it, so that saving writes the device
 //! state only (some 60 KB in some milliseconds); every restored machine maps it privately, so
-//! that all of them share the pages nobody changed. The monitor and the guest's control port are
+//! that all of them share the pages nobody changed. A snapshot of such a machine is its device state
+//! and the pages that are its own, copied out of its frozen process; to restore one, those pages are
+//! copied into a new process before it runs. The monitor and the guest's control port are
 //! socket pairs the process inherits: there is no socket file to guard, to wait for or to leave.
 //!
 //! The process runs without privileges to gain, in its own cgroup and network namespace, under
@@ -10,14 +12,17 @@
 
 mod args;
 mod detect;
+mod files;
 mod machine;
+mod memory;
 mod qmp;
+mod snapshot;
 mod start;
 mod tap;
 
 pub use detect::{DetectError, TierReason};
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -28,6 +33,7 @@ use crate::cgroup::Cgroups;
 use crate::keeper::Keeper;
 use crate::leftovers;
 use crate::machine::{BootSource, KillError, Machine, MachineSpec, Runtime, StartError};
+use crate::pages::SavedMachine;
 use crate::saved::Shape;
 use args::Accelerator;
 
@@ -141,9 +147,9 @@ impl Runtime for QemuRuntime {
     async fn restore(
         &self,
         spec: MachineSpec,
-        artifacts: &Path,
+        saved: SavedMachine,
     ) -> Result<Box<dyn Machine>, StartError> {
-        Ok(Box::new(start::restore(self, spec, artifacts).await?))
+        Ok(Box::new(start::restore(self, spec, saved).await?))
     }
 
     async fn reclaim(&self, name: &str) -> Result<bool, KillError> {

@@ -7,12 +7,17 @@
 mod rig;
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use belljar_runtime::contract::{self, Harness};
+use belljar_domain::MiB;
+use belljar_runtime::contract::{self, Harness, KeptPages};
 use belljar_runtime::{
-    GuestControl, Identity, Machine, MachineSpec, NetworkAttachment, StartError,
+    GuestControl, Identity, Machine, MachineSpec, NetworkAttachment, SaveError, SavedMachine,
+    SavedMemory, SnapshotTarget, StartError,
 };
 use belljar_testkit::{HostSnapshot, LogOracle, Sight, assert_clean};
 use belljar_wire::guest::Init;
@@ -48,10 +53,13 @@ async fn the_real_guest_passes_the_contract_over_nbd() {
 }
 
 /// A machine that was booted, saved and killed.
-async fn template(harness: &QemuHarness) -> (MachineSpec, std::path::PathBuf) {
-    let spec = harness.spec("template", None).await;
-    let source = harness.source("template").await;
-    let artifacts = source.artifacts.clone();
+async fn template(harness: &QemuHarness) -> (MachineSpec, PathBuf) {
+    template_named(harness, "template").await
+}
+
+async fn template_named(harness: &QemuHarness, name: &str) -> (MachineSpec, PathBuf) {
+    let spec = harness.spec(name, None).await;
+    let (source, artifacts) = harness.source(name);
     let mut machine =
         harness.runtime().boot(spec.clone(), source).await.expect("boot the template");
     let mut control = GuestControl::new(machine.take_control().expect("a new machine"));
@@ -66,6 +74,19 @@ async fn ready(machine: &mut Box<dyn Machine>) -> GuestControl {
     let mut control = GuestControl::new(machine.take_control().expect("a new machine"));
     control.init(Init { nonce: 1, ..Init::default() }, LIMIT).await.expect("the guest is ready");
     control
+}
+
+/// Of a frozen machine over the memory of `artifacts`.
+async fn snapshot(
+    machine: &mut Box<dyn Machine>,
+    folder: PathBuf,
+    artifacts: &Path,
+) -> SavedMachine {
+    let pages = KeptPages::default();
+    let target = SnapshotTarget { folder: folder.clone(), pages: Box::new(pages.clone()) };
+    drop(machine.snapshot(target).await.expect("snapshot a frozen machine"));
+    let memory = SavedMemory { base: Some(artifacts.join("memory")), pages: Some(Arc::new(pages)) };
+    SavedMachine { folder, memory }
 }
 
 fn status_field(process_id: u32, name: &str) -> String {
@@ -84,8 +105,8 @@ async fn a_machine_is_confined_as_its_own_user() {
     let mut spec = harness.spec("confined", Some(&saved)).await;
     spec.identity = Some(Identity { uid: 64_001, gid: 64_001 });
     rig::give_disk(&spec, 64_001);
-    let mut machine =
-        harness.runtime().restore(spec.clone(), &artifacts).await.expect("restore as a user");
+    let machine = harness.runtime().restore(spec.clone(), SavedMachine::template(&artifacts)).await;
+    let mut machine = machine.expect("restore as a user");
     ready(&mut machine).await;
     let id = machine.process_id().expect("QEMU is a process");
     assert_eq!(status_field(id, "Uid"), "64001");
@@ -100,14 +121,26 @@ async fn a_machine_is_confined_as_its_own_user() {
     } else {
         belljar_testkit::skip("the cgroup of a machine: this host lets nobody make one");
     }
+
+    // Its process writes its state into a file that is handed to it, and reads that of its clone.
+    machine.freeze().await.expect("freeze it");
+    let folder = harness.folder("confined-snapshot").await;
+    let saved = snapshot(&mut machine, folder, &artifacts).await;
+    let mut twin = harness.fork("twin", &spec).await;
+    machine.kill().await.expect("kill it");
+    twin.identity = Some(Identity { uid: 64_002, gid: 64_002 });
+    rig::give_disk(&twin, 64_002);
+    let mut machine = harness.runtime().restore(twin, saved).await.expect("restore as another");
+    ready(&mut machine).await;
+    let id = machine.process_id().expect("QEMU is a process");
+    assert_eq!(status_field(id, "Uid"), "64002");
     machine.kill().await.expect("kill it");
 
     // The same user boots and saves, and does not own what it saved.
     let mut spec = harness.spec("booted-as-user", None).await;
     spec.identity = Some(Identity { uid: 64_001, gid: 64_001 });
     rig::give_disk(&spec, 64_001);
-    let source = harness.source("booted-as-user").await;
-    let folder = source.artifacts.clone();
+    let (source, folder) = harness.source("booted-as-user");
     let mut machine = harness.runtime().boot(spec, source).await.expect("boot as a user");
     let mut control = GuestControl::new(machine.take_control().expect("a new machine"));
     control.booted(LIMIT).await.expect("the guest boots");
@@ -137,7 +170,7 @@ async fn a_card_is_plugged_into_a_tap_of_another_namespace() {
     };
     let mut spec = harness.spec("carded", None).await;
     spec.network = Some(network.clone());
-    let source = harness.source("carded").await;
+    let (source, _) = harness.source("carded");
     let mut machine = harness.runtime().boot(spec, source).await.expect("boot with a card");
     let mut control = GuestControl::new(machine.take_control().expect("a new machine"));
     control.booted(LIMIT).await.expect("the guest boots");
@@ -151,7 +184,7 @@ async fn a_card_is_plugged_into_a_tap_of_another_namespace() {
 
     let mut second = harness.spec("second", None).await;
     second.network = Some(network.clone());
-    let source = harness.source("second").await;
+    let (source, _) = harness.source("second");
     let busy = harness.runtime().boot(second, source).await.err();
     assert!(matches!(busy, Some(StartError::Io { .. })), "a tap in use says {busy:?}");
     machine.kill().await.expect("kill it");
@@ -159,7 +192,7 @@ async fn a_card_is_plugged_into_a_tap_of_another_namespace() {
 
     let mut lost = harness.spec("lost", None).await;
     lost.network = Some(NetworkAttachment { netns: Some("/run/netns/none".into()), ..network });
-    let source = harness.source("lost").await;
+    let (source, _) = harness.source("lost");
     let missing = harness.runtime().boot(lost, source).await.err();
     assert!(matches!(missing, Some(StartError::Missing { .. })), "{missing:?}");
     drop(netns);
@@ -177,8 +210,8 @@ async fn restoring_ten_times_is_measured() {
     for round in 0..10 {
         let spec = harness.spec(&format!("timed-{round}"), Some(&saved)).await;
         let began = Instant::now();
-        let mut machine =
-            harness.runtime().restore(spec, &artifacts).await.expect("restore a machine");
+        let saved = SavedMachine::template(&artifacts);
+        let mut machine = harness.runtime().restore(spec, saved).await.expect("restore a machine");
         let running = began.elapsed();
         ready(&mut machine).await;
         let answered = began.elapsed();
@@ -196,14 +229,110 @@ async fn restoring_ten_times_is_measured() {
 }
 
 #[tokio::test]
+async fn a_full_disk_ends_a_snapshot_and_not_the_machine() {
+    let Some(harness) = QemuHarness::new("rtqful", DiskKind::TinyRaw).await else { return };
+    let before = oracle("rtqful");
+    let (saved, artifacts) = template(&harness).await;
+    let spec = harness.spec("full", Some(&saved)).await;
+    let from = SavedMachine::template(&artifacts);
+    let mut machine = harness.runtime().restore(spec, from).await.expect("restore a machine");
+    let mut control = ready(&mut machine).await;
+    let folder = harness.folder("full-snapshot").await;
+    let disk = rig::TinyDisk::mount(&folder);
+    control.prepare_snapshot(LIMIT).await.expect("the guest prepares");
+    machine.freeze().await.expect("freeze it");
+    let target = SnapshotTarget { folder: folder.clone(), pages: Box::<KeptPages>::default() };
+    let error = machine.snapshot(target).await.err();
+    let full = matches!(&error, Some(SaveError::Io { path, source })
+        if source.kind() == ErrorKind::StorageFull && path.starts_with(&folder));
+    assert!(full, "a full disk says {error:?}");
+    assert_eq!(fs::read_dir(&folder).expect("it is there").count(), 0);
+    machine.thaw().await.expect("thaw it");
+    control.continue_after_snapshot(LIMIT).await.expect("the guest goes on");
+    machine.kill().await.expect("kill it");
+    drop(disk);
+    drop(harness);
+    assert_clean(&before).await;
+}
+
+/// Prints, and asserts nothing about durations. `BELLJAR_BENCH=1` has it measure larger memories.
+#[tokio::test]
+async fn snapshots_are_measured() {
+    let Some(mut harness) = QemuHarness::new("rtqmes", DiskKind::TinyRaw).await else { return };
+    let before = oracle("rtqmes");
+    let whole = std::env::var_os("BELLJAR_BENCH").is_some();
+    let (memories, written, rounds) =
+        if whole { (&[512, 2048][..], &[16, 64, 256][..], 5) } else { (&[512][..], &[16][..], 1) };
+    for memory in memories {
+        harness.set_memory(MiB(*memory));
+        let (spec, artifacts) = template_named(&harness, &format!("template-{memory}")).await;
+        for written in written {
+            let mut times: Vec<[Duration; 3]> = Vec::new();
+            let mut own = 0;
+            for round in 0..rounds {
+                let name = format!("m{memory}-w{written}-{round}");
+                let took = measured(&harness, &name, (&spec, &artifacts), MiB(*written)).await;
+                own = took.0;
+                times.push(took.1);
+            }
+            let mut line = format!("{written} MiB written of {memory}, {} MiB own", own >> 20);
+            for (place, what) in ["snapshot", "restored", "ready"].into_iter().enumerate() {
+                let mut column: Vec<Duration> = times.iter().map(|row| row[place]).collect();
+                column.sort();
+                line.push_str(&format!("; {what} {:.1?}", column[column.len() / 2]));
+            }
+            println!("{line}");
+        }
+    }
+    drop(harness);
+    assert_clean(&before).await;
+}
+
+/// The bytes of a snapshot's pages; how long it took, and how long its restored machine took to run
+/// and to answer.
+async fn measured(
+    harness: &QemuHarness,
+    name: &str,
+    (saved, artifacts): (&MachineSpec, &Path),
+    written: MiB,
+) -> (u64, [Duration; 3]) {
+    let spec = harness.spec(name, Some(saved)).await;
+    let from = SavedMachine::template(artifacts);
+    let mut machine = harness.runtime().restore(spec.clone(), from).await.expect("restore");
+    let mut control = ready(&mut machine).await;
+    let digest = harness.fill(&mut control, written).await;
+    control.prepare_snapshot(LIMIT).await.expect("the guest prepares");
+    machine.freeze().await.expect("freeze it");
+    let folder = harness.folder(&format!("{name}-snapshot")).await;
+    let pages = KeptPages::default();
+    let target = SnapshotTarget { folder: folder.clone(), pages: Box::new(pages.clone()) };
+    let began = Instant::now();
+    drop(machine.snapshot(target).await.expect("snapshot a frozen machine"));
+    let taken = began.elapsed();
+    let child = harness.fork(&format!("{name}-child"), &spec).await;
+    machine.kill().await.expect("kill it");
+
+    let own = pages.size_bytes();
+    let memory = SavedMemory { base: Some(artifacts.join("memory")), pages: Some(Arc::new(pages)) };
+    let began = Instant::now();
+    let saved = SavedMachine { folder, memory };
+    let mut machine = harness.runtime().restore(child.clone(), saved).await.expect("restore");
+    let restored = began.elapsed();
+    let mut control = ready(&mut machine).await;
+    let answered = began.elapsed();
+    assert_eq!(harness.recall(&child, &mut control).await, digest, "{name}");
+    machine.kill().await.expect("kill it");
+    (own, [taken, restored, answered])
+}
+
+#[tokio::test]
 async fn a_machine_that_cannot_start_says_why() {
     let Some(harness) = QemuHarness::new("rtqbad", DiskKind::TinyRaw).await else { return };
     let before = oracle("rtqbad");
     let spec = harness.spec("no-elf", None).await;
-    let mut source = harness.source("no-elf").await;
-    source.kernel = source.artifacts.join("kernel");
+    let (mut source, artifacts) = harness.source("no-elf");
+    source.kernel = artifacts.join("kernel");
     fs::write(&source.kernel, b"this is no kernel").expect("write a file");
-    let artifacts = source.artifacts.clone();
     let error = harness.runtime().boot(spec, source).await.err();
     let Some(StartError::Died { detail }) = error else { panic!("a bad kernel says {error:?}") };
     assert!(detail.contains("exit status 1") && detail.contains("kernel"), "{detail}");

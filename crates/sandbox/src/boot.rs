@@ -18,7 +18,9 @@ use belljar_daemon::{Scope, Teardown, clock};
 use belljar_domain::{BuildId, Kind, SandboxId, UnixMillis};
 use belljar_network::{EgressPolicy, LeaseError};
 use belljar_runtime::control::{ControlError, GuestControl};
-use belljar_runtime::{DiskExport, Identity, Machine, MachineSpec, NetworkAttachment, StartError};
+use belljar_runtime::{
+    DiskExport, Identity, Machine, MachineSpec, NetworkAttachment, SavedMachine, StartError,
+};
 use belljar_wire::guest::Init;
 
 use crate::admission::Refused;
@@ -207,7 +209,7 @@ async fn acquire(
     reach(Point::BootDiskReady);
     let mut machine = deps
         .runtime
-        .restore(spec, &template.template.dir)
+        .restore(spec, SavedMachine::template(&template.template.dir))
         .await
         .map_err(|source| CreateError::Machine { source })?;
     reach(Point::BootMachineStarted);

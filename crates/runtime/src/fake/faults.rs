@@ -18,6 +18,8 @@ pub enum Step {
     Thaw,
     /// [`crate::Machine::save`].
     Save,
+    /// [`crate::Machine::snapshot`], when the folder is taken and nothing is passed on.
+    Snapshot,
     /// [`crate::Machine::kill`].
     Kill,
     /// The guest is about to say that it booted.

@@ -75,6 +75,7 @@ async fn obey(line: &[u8], host: &mut DuplexStream, body: &Body) -> io::Result<(
             tried(body, Step::GuestInit, nonce, ready).await
         }
         ToGuest::PrepareSnapshot { nonce } => {
+            body.remember();
             tried(body, Step::GuestPrepare, nonce, FromGuest::Prepared { nonce }).await
         }
         ToGuest::Continue { nonce, .. } => {

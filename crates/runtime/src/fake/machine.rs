@@ -1,6 +1,7 @@
 //! One fake machine: its life, and the tasks that are its guest.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -10,10 +11,13 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, Semaphore};
 
 use super::faults::{Fault, Faults, Step};
+use super::memory::FakeMemory;
 use super::{Machines, STATE, guest};
+use crate::draft::Draft;
 use crate::machine::{
     ControlStream, ExitCause, KillError, Machine, MachineSpec, PauseError, SaveError, StartError,
 };
+use crate::pages::{PageSink, SnapshotTarget};
 use crate::saved::{self, SavedFiles, Shape};
 
 /// Bytes each way between a fake guest and its host. Both ends read as they come; more would only
@@ -30,6 +34,7 @@ pub(super) struct Body {
     pub(super) faults: Arc<Faults>,
     /// Places for connections to its guest.
     pub(super) places: Semaphore,
+    memory: Mutex<FakeMemory>,
     // Held to look or to change, never across a wait.
     life: Mutex<Life>,
     /// Told when the machine is thawed.
@@ -53,12 +58,13 @@ pub(super) struct Identity {
 }
 
 impl Body {
-    pub(super) fn new(name: &str, faults: Arc<Faults>) -> Body {
+    pub(super) fn new(name: &str, faults: Arc<Faults>, memory: FakeMemory) -> Body {
         Body {
             name: name.into(),
             scope: Scope::root("fake machine"),
             faults,
             places: Semaphore::new(guest::CONNECTIONS),
+            memory: Mutex::new(memory),
             life: Mutex::default(),
             thawed: Notify::new(),
         }
@@ -67,6 +73,18 @@ impl Body {
     fn life(&self) -> MutexGuard<'_, Life> {
         // Every change is one assignment.
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn memory(&self) -> MutexGuard<'_, FakeMemory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a guest has in memory when it is saved: who it is. Its first page says so.
+    pub(super) fn remember(&self) {
+        let id = self.identity().sandbox_id;
+        let page = id.bytes().chain(std::iter::repeat(0)).take(64).collect::<Vec<_>>();
+        // A base that somebody took away is found out by whoever reads the memory.
+        drop(self.memory().write(0, &page));
     }
 
     /// Ends the machine; the first cause counts.
@@ -121,17 +139,19 @@ pub(super) struct FakeMachine {
     body: Arc<Body>,
     machines: Machines,
     control: Option<ControlStream>,
-    /// `None` for a restored machine; on the heap, because all but a few are.
-    saving_to: Option<Box<(SavedFiles, Shape)>>,
+    shape: Shape,
+    /// `None` for a machine with memory of its own; on the heap, because all but a few have that.
+    saving_to: Option<Box<SavedFiles>>,
 }
 
 impl FakeMachine {
     pub(super) fn new(
         body: Arc<Body>,
         machines: Machines,
-        saving_to: Option<(SavedFiles, Shape)>,
+        shape: Shape,
+        saving_to: Option<SavedFiles>,
     ) -> FakeMachine {
-        FakeMachine { body, machines, control: None, saving_to: saving_to.map(Box::new) }
+        FakeMachine { body, machines, control: None, shape, saving_to: saving_to.map(Box::new) }
     }
 
     /// Starts the guest.
@@ -195,9 +215,7 @@ impl Machine for FakeMachine {
     }
 
     async fn save(&mut self) -> Result<(), SaveError> {
-        let Some((files, shape)) = self.saving_to.as_deref() else {
-            return Err(SaveError::NotBooted);
-        };
+        let Some(files) = self.saving_to.as_deref() else { return Err(SaveError::NotSaveable) };
         match self.body.faults.reach(Step::Save).await {
             None => {}
             Some(Fault::Hang) => std::future::pending().await,
@@ -212,7 +230,51 @@ impl Machine for FakeMachine {
         self.body.freeze(true);
         let state = files.unfinished_state();
         fs::write(&state, STATE).map_err(|source| SaveError::Io { path: state, source })?;
-        saved::seal(files, shape).map_err(|(path, source)| SaveError::Io { path, source })
+        let written = self.body.memory().private();
+        File::options()
+            .write(true)
+            .open(&files.memory)
+            .and_then(|file| {
+                written.iter().try_for_each(|(at, page)| file.write_all_at(&page[..], *at))
+            })
+            .map_err(|source| SaveError::Io { path: files.memory.clone(), source })?;
+        saved::seal(files, &self.shape).map_err(|(path, source)| SaveError::Io { path, source })
+    }
+
+    async fn snapshot(&mut self, into: SnapshotTarget) -> Result<Box<dyn PageSink>, SaveError> {
+        if self.saving_to.is_some() {
+            return Err(SaveError::NotPrivate);
+        }
+        if self.body.is_gone() {
+            return Err(SaveError::Gone);
+        }
+        if !self.body.life().frozen {
+            return Err(SaveError::NotFrozen);
+        }
+        let SnapshotTarget { folder, pages: mut sink } = into;
+        let mut draft = Draft::begin(&folder)?;
+        match self.body.faults.reach(Step::Snapshot).await {
+            None => {}
+            Some(Fault::Hang) => std::future::pending().await,
+            Some(Fault::Crash) => self.body.crash(),
+            Some(Fault::Fail) => {
+                return Err(SaveError::Refused { answer: "injected".to_owned() });
+            }
+        }
+        let (pages, shape) = (self.body.memory().private(), self.shape.clone());
+        let copied = tokio::task::spawn_blocking(move || {
+            for (offset, page) in pages {
+                sink.write(offset, &page[..]).map_err(|source| SaveError::Sink { source })?;
+            }
+            draft.finish(STATE, &shape)?;
+            Ok((draft, sink))
+        });
+        let (draft, sink) = copied.await.map_err(|e| SaveError::Memory { source: e.into() })??;
+        if self.body.is_gone() {
+            return Err(SaveError::Gone);
+        }
+        draft.keep();
+        Ok(sink)
     }
 
     async fn exited(&mut self) -> ExitCause {

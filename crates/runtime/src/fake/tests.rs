@@ -9,9 +9,10 @@ use belljar_domain::{MiB, Vcpus};
 use belljar_wire::guest::{FromGuest, Init};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::contract::{self, Harness};
+use crate::contract::{self, Harness, KeptPages};
 use crate::control::{ControlError, GuestControl};
-use crate::machine::{DiskExport, NetworkAttachment, PauseError};
+use crate::machine::{DiskExport, NetworkAttachment, PauseError, SaveError};
+use crate::pages::SnapshotTarget;
 
 const LIMIT: Duration = Duration::from_secs(5);
 
@@ -33,12 +34,17 @@ impl FakeHarness {
         path
     }
 
+    fn source(&self, memory: BootMemory) -> BootSource {
+        BootSource { kernel: self.kernel(), cmdline: Vec::new(), memory }
+    }
+
     /// Boots a machine and waits for its guest.
     async fn booted(
         &self,
         spec: MachineSpec,
     ) -> (Box<dyn Machine>, GuestControl, Result<String, ControlError>) {
-        let source = self.source(&spec.name).await;
+        let artifacts = self.subfolder(&format!("{}-artifacts", spec.name));
+        let source = self.source(BootMemory::Saveable { artifacts });
         let mut machine = self.runtime.boot(spec, source).await.expect("the fake boots");
         let mut control = GuestControl::new(machine.take_control().expect("taken once"));
         let booted = control.booted(Duration::from_millis(100)).await;
@@ -52,9 +58,37 @@ impl Harness for FakeHarness {
         self.runtime.clone()
     }
 
-    async fn source(&self, name: &str) -> BootSource {
-        let artifacts = self.subfolder(&format!("{name}-artifacts"));
-        BootSource { kernel: self.folder.path().join("kernel"), cmdline: Vec::new(), artifacts }
+    fn kernel(&self) -> PathBuf {
+        self.folder.path().join("kernel")
+    }
+
+    async fn folder(&self, name: &str) -> PathBuf {
+        self.subfolder(name)
+    }
+
+    async fn fork(&self, name: &str, frozen: &MachineSpec) -> MachineSpec {
+        self.spec(name, Some(frozen)).await
+    }
+
+    async fn scribble(&self, spec: &MachineSpec, _: &mut GuestControl, seed: u64) -> Option<u64> {
+        // Over the end of a page, and on pages that are not neighbours.
+        for offset in [5000, 300_000] {
+            let bytes = [seed.to_le_bytes(); 1024].concat();
+            self.runtime.write_memory(&spec.name, offset, &bytes).expect("it is inside");
+        }
+        Some(seed)
+    }
+
+    async fn recall(&self, spec: &MachineSpec, _: &mut GuestControl) -> Option<u64> {
+        let mut found = Vec::new();
+        for offset in [5000, 300_000] {
+            let bytes = self.runtime.read_memory(&spec.name, offset, 8192).expect("it is inside");
+            let (words, _) = bytes.as_chunks::<8>();
+            found.extend(words.iter().map(|word| u64::from_le_bytes(*word)));
+        }
+        found.dedup();
+        assert_eq!(found.len(), 1, "parts of the memory are of different times: {found:?}");
+        Some(found[0])
     }
 
     async fn spec(&self, name: &str, _saved: Option<&MachineSpec>) -> MachineSpec {
@@ -91,13 +125,13 @@ async fn a_broken_start_leaves_nothing() {
     for (fault, is_it) in [(Fault::Fail, "Refused"), (Fault::Crash, "Died")] {
         faults.once(Step::Boot, fault);
         let spec = harness.spec("broken", None).await;
-        let source = harness.source("broken").await;
+        let source = harness.source(BootMemory::Private);
         let error = harness.runtime.boot(spec, source).await.err().expect("an injected fault");
         assert!(format!("{error:?}").starts_with(is_it), "{error:?}");
     }
     faults.always(Step::Boot, Fault::Hang);
     let spec = harness.spec("broken", None).await;
-    let boot = harness.runtime.boot(spec, harness.source("broken").await);
+    let boot = harness.runtime.boot(spec, harness.source(BootMemory::Private));
     assert!(tokio::time::timeout(Duration::from_millis(20), boot).await.is_err());
     assert_eq!(harness.runtime.live_machines(), 0);
     assert_eq!(faults.reached(Step::Boot), 3);
@@ -122,6 +156,36 @@ async fn a_broken_guest_fails_hangs_or_takes_its_machine_along() {
     faults.once(Step::Kill, Fault::Fail);
     machine.kill().await.expect_err("an injected fault");
     assert_eq!(harness.runtime.live_machines(), 0);
+}
+
+#[tokio::test]
+async fn a_broken_snapshot_leaves_nothing() {
+    let faults = Arc::new(Faults::new());
+    let harness = FakeHarness::new(&faults);
+    let spec = harness.spec("snapshot", None).await;
+    let source = harness.source(BootMemory::Private);
+    let mut machine = harness.runtime.boot(spec, source).await.expect("the fake boots");
+    let mut control = GuestControl::new(machine.take_control().expect("taken once"));
+    faults.once(Step::GuestContinue, Fault::Fail);
+    let failed = control.continue_after_snapshot(LIMIT).await;
+    assert!(matches!(failed, Err(ControlError::Failed { .. })));
+    machine.freeze().await.expect("freeze a machine");
+    let folder = harness.subfolder("snapshot");
+    let mut take = async || {
+        let target = SnapshotTarget { folder: folder.clone(), pages: Box::<KeptPages>::default() };
+        let took = tokio::time::timeout(Duration::from_millis(50), machine.snapshot(target)).await;
+        let left = fs::read_dir(&folder).expect("it is there").count();
+        (took.map(|took| took.map(drop)), left)
+    };
+    faults.once(Step::Snapshot, Fault::Fail);
+    assert!(matches!(take().await, (Ok(Err(SaveError::Refused { .. })), 0)));
+    faults.once(Step::Snapshot, Fault::Hang);
+    assert!(matches!(take().await, (Err(_), 0)));
+    faults.once(Step::Snapshot, Fault::Crash);
+    assert!(matches!(take().await, (Ok(Err(SaveError::Gone)), 0)));
+    assert!(matches!(take().await, (Ok(Err(SaveError::Gone)), 0)));
+    assert_eq!(faults.reached(Step::Snapshot), 3);
+    machine.kill().await.expect("nothing is left");
 }
 
 #[tokio::test]

@@ -6,6 +6,8 @@ use belljar_domain::{MiB, Vcpus};
 use belljar_wire::guest::PORT_NAME;
 use serde_json::json;
 
+use crate::saved::StateKind;
+
 /// Generation of the machine this file describes. A saved machine restores only into the same
 /// devices in the same order, and keeps what its kernel decided by the words it was booted with: any
 /// change of either gets a new number.
@@ -40,7 +42,16 @@ pub(super) enum Origin {
         cmdline: Vec<String>,
     },
     /// Waits for a saved state to be named over QMP.
-    Saved,
+    Saved(StateKind),
+}
+
+/// How the machine has its memory file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mapping {
+    /// Writes go to the file.
+    Shared,
+    /// A private copy of every page it writes, over a file it cannot write.
+    Private,
 }
 
 /// Where the root disk's blocks are.
@@ -65,6 +76,7 @@ pub(super) struct Plan {
     pub(super) vcpus: Vcpus,
     pub(super) memory: MiB,
     pub(super) memory_file: String,
+    pub(super) mapping: Mapping,
     pub(super) origin: Origin,
     pub(super) disk: Disk,
     pub(super) card: Option<Card>,
@@ -117,7 +129,13 @@ impl Plan {
                 option("-kernel", kernel.clone());
                 option("-append", self.kernel_words(cmdline).join(" "));
             }
-            Origin::Saved => option("-incoming", "defer".into()),
+            Origin::Saved(kind) => {
+                if *kind == StateKind::Devices {
+                    // Such a state does not begin with a word about the configuration.
+                    option("-global", "migration.send-configuration=off".into());
+                }
+                option("-incoming", "defer".into());
+            }
         }
         self.devices(&mut option);
         args
@@ -130,10 +148,9 @@ impl Plan {
             "size": self.memory.bytes(),
             "mem-path": self.memory_file,
         });
-        match self.origin {
-            Origin::Boot { .. } => backend["share"] = true.into(),
-            // A private copy of every page it writes, over a file it cannot write.
-            Origin::Saved => {
+        match self.mapping {
+            Mapping::Shared => backend["share"] = true.into(),
+            Mapping::Private => {
                 backend["share"] = false.into();
                 backend["readonly"] = true.into();
                 backend["rom"] = "off".into();
@@ -213,6 +230,7 @@ mod tests {
             vcpus: Vcpus(2),
             memory: MiB(256),
             memory_file: "/a,b/memory".into(),
+            mapping: Mapping::Shared,
             origin: Origin::Boot { kernel: "/k".into(), cmdline: vec!["extra=1".into()] },
             disk: Disk::RawFile("/d".into()),
             card: Some(Card { tap: 7, mac: [2, 0, 0, 0, 0, 255] }),
@@ -228,17 +246,22 @@ mod tests {
     }
 
     #[test]
-    fn a_boot_shares_its_memory_and_a_restore_does_not() {
+    fn memory_is_shared_or_private_and_states_are_told_apart() {
         let booting = plan().arguments();
         assert!(value(&booting, "-object").contains(r#""share":true"#));
         assert!(value(&booting, "-append").starts_with("quiet panic=-1"));
         assert!(value(&booting, "-append").ends_with("tsc_early_khz=2000000 tsc=reliable extra=1"));
-        let saved = Plan { origin: Origin::Saved, ..plan() }.arguments();
+        let private = Plan { mapping: Mapping::Private, ..plan() };
+        let saved = Plan { origin: Origin::Saved(StateKind::Stream), ..private.clone() };
+        let saved = saved.arguments();
         let memory = value(&saved, "-object");
         assert!(memory.contains(r#""share":false"#) && memory.contains(r#""readonly":true"#));
         assert!(memory.contains(r#""mem-path":"/a,b/memory""#));
         assert_eq!(value(&saved, "-incoming"), "defer");
-        assert!(!saved.iter().any(|arg| arg == "-kernel"));
+        assert!(!saved.iter().any(|arg| arg == "-kernel" || arg.contains("send-configuration")));
+        let devices = Plan { origin: Origin::Saved(StateKind::Devices), ..private };
+        let off = "migration.send-configuration=off";
+        assert!(devices.arguments().windows(2).any(|pair| pair == ["-global", off]));
     }
 
     #[test]
@@ -246,7 +269,10 @@ mod tests {
         let devices = |plan: Plan| -> Vec<String> {
             plan.arguments().into_iter().filter(|arg| arg.contains("-device")).collect()
         };
-        assert_eq!(devices(plan()), devices(Plan { origin: Origin::Saved, ..plan() }));
+        assert_eq!(
+            devices(plan()),
+            devices(Plan { origin: Origin::Saved(StateKind::Devices), ..plan() })
+        );
         let quiet = devices(plan());
         assert_eq!(quiet, devices(Plan { console: Some("/log".into()), ..plan() }));
         assert!(plan().arguments().iter().any(|arg| arg.ends_with("mac=02:00:00:00:00:ff")));

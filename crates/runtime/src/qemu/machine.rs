@@ -1,24 +1,27 @@
 //! One QEMU machine: freezing, saving, watching and killing it.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use serde_json::json;
 
+use super::memory::MemoryFile;
 use super::qmp::{Qmp, QmpError};
+use super::snapshot;
 use super::start::{Started, capabilities, log_tail, state_file};
 use crate::keeper::{Exit, Process};
 use crate::machine::{ControlStream, ExitCause, KillError, Machine, PauseError, SaveError};
+use crate::pages::{PageSink, SnapshotTarget};
 use crate::saved::{self, SavedFiles, Shape};
 
 /// Freezing takes a millisecond; a busy host may need a thousand.
 const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 /// The state takes milliseconds to write.
-const SAVE_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const SAVE_LIMIT: Duration = Duration::from_secs(30);
 /// The memory goes to the disk, all of it: gibibytes on a slow one.
-const SEAL_LIMIT: Duration = Duration::from_secs(300);
+pub(super) const SEAL_LIMIT: Duration = Duration::from_secs(300);
 /// The end of a killed process, and of its cgroup (2 s).
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// Reading what a monitor said before it ended.
@@ -32,6 +35,24 @@ pub(super) struct Booted {
     pub(super) state_file: String,
 }
 
+/// What makes a machine one that can be snapshotted.
+pub(super) struct Private {
+    pub(super) memory: MemoryFile,
+    pub(super) shape: Shape,
+    /// Where its process writes its state.
+    pub(super) state: File,
+    /// What the process calls that file.
+    pub(super) state_file: String,
+}
+
+/// What can be kept of a machine.
+pub(super) enum Keeps {
+    /// Its memory is a file that others will map: it can be saved once.
+    File(Booted),
+    /// The pages it has written are its own: it can be snapshotted.
+    Pages(Private),
+}
+
 /// A running machine.
 pub(super) struct QemuMachine {
     name: String,
@@ -39,7 +60,7 @@ pub(super) struct QemuMachine {
     qmp: Qmp,
     control: Option<ControlStream>,
     log: PathBuf,
-    booted: Option<Booted>,
+    keeps: Keeps,
     /// Set once the process is gone.
     cause: Option<ExitCause>,
     /// Whether the end of the process is our doing.
@@ -47,10 +68,10 @@ pub(super) struct QemuMachine {
 }
 
 impl QemuMachine {
-    pub(super) fn new(started: Started, booted: Option<Booted>) -> QemuMachine {
+    pub(super) fn new(started: Started, keeps: Keeps) -> QemuMachine {
         let Started { name, process, qmp, control, log } = started;
         let control = Some(control);
-        QemuMachine { name, process, qmp, control, log, booted, cause: None, killing: false }
+        QemuMachine { name, process, qmp, control, log, keeps, cause: None, killing: false }
     }
 
     async fn change_run_state(&mut self, command: &str) -> Result<(), PauseError> {
@@ -85,13 +106,8 @@ impl QemuMachine {
     }
 
     async fn write_state(&mut self) -> Result<(), SaveError> {
-        let booted = self.booted.as_ref().ok_or(SaveError::NotBooted)?;
+        let Keeps::File(booted) = &self.keeps else { return Err(SaveError::NotSaveable) };
         let name = booted.state_file.clone();
-        let refused = |e| match e {
-            QmpError::Gone => SaveError::Gone,
-            QmpError::Refused(answer) => SaveError::Refused { answer },
-            QmpError::TimedOut(limit) => SaveError::TimedOut { waited_ms: millis(limit) },
-        };
         let limit = SAVE_LIMIT;
         self.qmp
             .execute("migrate-set-capabilities", capabilities(), limit)
@@ -104,8 +120,8 @@ impl QemuMachine {
 
     async fn save_all(&mut self) -> Result<(), SaveError> {
         self.write_state().await?;
-        let Some(Booted { files, shape, .. }) = &self.booted else {
-            return Err(SaveError::NotBooted);
+        let Keeps::File(Booted { files, shape, .. }) = &self.keeps else {
+            return Err(SaveError::NotSaveable);
         };
         let (files, shape, folder) = (files.clone(), shape.clone(), files.folder.clone());
         let sealing = tokio::task::spawn_blocking(move || saved::seal(&files, &shape));
@@ -132,18 +148,26 @@ impl Machine for QemuMachine {
     }
 
     async fn save(&mut self) -> Result<(), SaveError> {
-        if self.booted.is_none() {
-            return Err(SaveError::NotBooted);
+        if matches!(self.keeps, Keeps::Pages(_)) {
+            return Err(SaveError::NotSaveable);
         }
         if self.process.ended().is_some() {
             return Err(SaveError::Gone);
         }
         let result = self.save_all().await;
-        if let (Err(_), Some(booted)) = (&result, &self.booted) {
+        if let (Err(_), Keeps::File(booted)) = (&result, &self.keeps) {
             // A state without a description is nothing; what is left of it goes with the folder.
             drop(fs::remove_file(booted.files.unfinished_state()));
         }
         result
+    }
+
+    async fn snapshot(&mut self, into: SnapshotTarget) -> Result<Box<dyn PageSink>, SaveError> {
+        let Keeps::Pages(private) = &self.keeps else { return Err(SaveError::NotPrivate) };
+        if self.process.ended().is_some() {
+            return Err(SaveError::Gone);
+        }
+        snapshot::take(private, &self.process, &mut self.qmp, into).await
     }
 
     async fn exited(&mut self) -> ExitCause {
@@ -185,6 +209,15 @@ impl Machine for QemuMachine {
     }
 }
 
-fn millis(span: Duration) -> u64 {
+/// Why a monitor did not help to keep a machine.
+pub(super) fn refused(error: QmpError) -> SaveError {
+    match error {
+        QmpError::Gone => SaveError::Gone,
+        QmpError::Refused(answer) => SaveError::Refused { answer },
+        QmpError::TimedOut(limit) => SaveError::TimedOut { waited_ms: millis(limit) },
+    }
+}
+
+pub(super) fn millis(span: Duration) -> u64 {
     u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }

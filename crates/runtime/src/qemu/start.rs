@@ -1,30 +1,35 @@
 //! Bringing a machine up: files, descriptors, process, and the first words with its monitor.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 
 use super::QemuRuntime;
-use super::args::{Card, Disk, Origin, Plan, TRANSLATION_CACHE_MIB};
-use super::machine::{Booted, QemuMachine};
+use super::args::{Card, Disk, Mapping, Origin, Plan, TRANSLATION_CACHE_MIB};
+use super::files::{Handed, NewFiles, open_for};
+use super::machine::{Booted, Keeps, Private, QemuMachine};
+use super::memory::{Abandon, GuestMemory, MemoryFile};
 use super::qmp::{Qmp, QmpError};
 use super::tap;
 use crate::cgroup::Limits;
 use crate::keeper::{Launch, Process};
-use crate::machine::{BootSource, ControlStream, DiskExport, Identity, MachineSpec, StartError};
-use crate::saved::{self, SavedFiles};
+use crate::machine::{BootMemory, BootSource, ControlStream, DiskExport, MachineSpec, StartError};
+use crate::pages::{PageSource, SavedMachine};
+use crate::saved::{self, Checked, SavedFiles, Shape};
 use belljar_domain::{MiB, Tier};
 
 /// From exec to a monitor that answers: 50 ms alone, a second in a crowd.
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// From naming a saved state to a running machine: 10 ms alone.
 const RESTORE_LIMIT: Duration = Duration::from_secs(20);
+/// Copying pages into a new machine: gibibytes, read from a slow disk.
+const INSTALL_LIMIT: Duration = Duration::from_secs(300);
 /// From the end of a connection to the end of its process.
 const END_LIMIT: Duration = Duration::from_secs(2);
 /// Memory of the process beside the guest's own: 25 to 30 MB measured, and slack for I/O.
@@ -41,59 +46,109 @@ pub(super) async fn boot(
 ) -> Result<QemuMachine, StartError> {
     spec.check_name()?;
     let shape = runtime.shape(&spec);
-    let files = SavedFiles::within(&source.artifacts);
     let kernel = Handed::open("guest kernel", &source.kernel)?;
-    let mut made = NewFiles::default();
-    let memory = made.create(&files.memory, spec.memory.bytes(), spec.identity)?;
-    let state = made.create(&files.unfinished_state(), 0, spec.identity)?;
-    let (memory_file, state_file) = (memory.name(), state.name());
     let origin = Origin::Boot { kernel: kernel.name(), cmdline: source.cmdline };
-    let handed = vec![kernel, memory, state];
-    let started = launch(runtime, &spec, memory_file, origin, handed).await?;
-    made.keep();
-    Ok(QemuMachine::new(started, Some(Booted { files, shape, state_file })))
+    match source.memory {
+        BootMemory::Saveable { artifacts } => {
+            let files = SavedFiles::within(&artifacts);
+            let mut made = NewFiles::default();
+            let memory = made.create(&files.memory, spec.memory.bytes(), spec.identity)?;
+            let state = made.create(&files.unfinished_state(), 0, spec.identity)?;
+            let state_file = state.name();
+            let plan = Memory { name: memory.name(), mapping: Mapping::Shared };
+            let handed = vec![kernel, memory, state];
+            let started = launch(runtime, &spec, plan, origin, handed).await?;
+            made.keep();
+            Ok(QemuMachine::new(started, Keeps::File(Booted { files, shape, state_file })))
+        }
+        BootMemory::Private => {
+            let memory = Handed::zeros(&spec.run_dir, spec.memory.bytes(), spec.identity)?;
+            let (keeps, state) = private(&spec, &memory, shape)?;
+            let plan = Memory { name: memory.name(), mapping: Mapping::Private };
+            let handed = vec![kernel, memory, state];
+            let started = launch(runtime, &spec, plan, origin, handed).await?;
+            Ok(QemuMachine::new(started, keeps))
+        }
+    }
 }
 
 pub(super) async fn restore(
     runtime: &QemuRuntime,
     spec: MachineSpec,
-    artifacts: &Path,
+    saved: SavedMachine,
 ) -> Result<QemuMachine, StartError> {
     spec.check_name()?;
-    let files = saved::check(artifacts, &runtime.shape(&spec))?;
-    let memory = Handed::open("saved memory", &files.memory)?;
-    let state = Handed::open("saved machine state", &files.state)?;
-    let (memory_file, state_file) = (memory.name(), state.name());
-    let handed = vec![memory, state];
-    let mut started = launch(runtime, &spec, memory_file, Origin::Saved, handed).await?;
+    let shape = runtime.shape(&spec);
+    let Checked { state, kind } = saved::check(&saved, &shape)?;
+    let memory = match &saved.memory.base {
+        Some(base) => Handed::open("saved memory", base)?,
+        None => Handed::zeros(&spec.run_dir, spec.memory.bytes(), spec.identity)?,
+    };
+    let memory_file = memory.memory_file()?;
+    let (keeps, snapshot_state) = private(&spec, &memory, shape)?;
+    let state = Handed::open("saved machine state", &state)?;
+    let state_file = state.name();
+    let plan = Memory { name: memory.name(), mapping: Mapping::Private };
+    let handed = vec![memory, state, snapshot_state];
+    let mut started = launch(runtime, &spec, plan, Origin::Saved(kind), handed).await?;
+    if let Some(pages) = saved.memory.pages
+        && let Err(e) = install(&started.process, memory_file, pages).await
+    {
+        if !started.process.handle().is_alive() {
+            let (process, log) = (&mut started.process, &started.log);
+            return Err(failure("install the saved memory", QmpError::Gone, process, log).await);
+        }
+        started.process.kill();
+        started.process.wait().await;
+        return Err(e);
+    }
     match load(&mut started.qmp, &state_file).await {
-        Ok(()) => Ok(QemuMachine::new(started, None)),
+        Ok(()) => Ok(QemuMachine::new(started, keeps)),
         Err(e) => {
             Err(failure("load the saved machine", e, &mut started.process, &started.log).await)
         }
     }
 }
 
-/// A file the machine's process inherits and names by its descriptor, so that its user needs the
-/// right to the file alone and not to the folders above it.
-struct Handed {
-    file: OwnedFd,
+/// What a machine with private memory needs for its snapshots: what it keeps, and the file its
+/// process is handed for it.
+fn private(
+    spec: &MachineSpec,
+    memory: &Handed,
+    shape: Shape,
+) -> Result<(Keeps, Handed), StartError> {
+    let (handed, state) = Handed::state(spec.identity)?;
+    let memory = memory.memory_file()?;
+    let state_file = handed.name();
+    Ok((Keeps::Pages(Private { memory, shape, state, state_file }), handed))
 }
 
-impl Handed {
-    fn open(what: &'static str, path: &Path) -> Result<Handed, StartError> {
-        match File::open(path) {
-            Ok(file) => Ok(Handed { file: file.into() }),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                Err(StartError::Missing { what, path: path.to_owned() })
-            }
-            Err(source) => Err(StartError::Io { step: "open the machine's files", source }),
+/// Puts the saved pages into the memory of a process that has not run yet.
+async fn install(
+    process: &Process,
+    memory: MemoryFile,
+    pages: Arc<dyn PageSource>,
+) -> Result<(), StartError> {
+    let handle = process.handle();
+    let abandon = Abandon::default();
+    let abandoned = abandon.flag();
+    let installing = tokio::task::spawn_blocking(move || {
+        GuestMemory::open(&handle, memory)?.install(&*pages, &abandoned)
+    });
+    let outcome = match tokio::time::timeout(INSTALL_LIMIT, installing).await {
+        Ok(Ok(outcome)) => outcome,
+        Ok(Err(e)) => Err(e.into()),
+        Err(_) => {
+            let waited_ms = u64::try_from(INSTALL_LIMIT.as_millis()).unwrap_or(u64::MAX);
+            return Err(StartError::TimedOut { step: "install the saved memory", waited_ms });
         }
-    }
-
-    /// What the process calls it. Descriptors keep their numbers over fork and exec.
-    fn name(&self) -> String {
-        format!("/proc/self/fd/{}", self.file.as_raw_fd())
+    };
+    match outcome {
+        Ok(bytes) => {
+            tracing::debug!(bytes, "installed the saved memory");
+            Ok(())
+        }
+        Err(source) => Err(StartError::Pages { source }),
     }
 }
 
@@ -134,10 +189,16 @@ pub(super) struct Started {
     pub(super) log: PathBuf,
 }
 
+/// The memory file, as the process knows it.
+struct Memory {
+    name: String,
+    mapping: Mapping,
+}
+
 async fn launch(
     runtime: &QemuRuntime,
     spec: &MachineSpec,
-    memory_file: String,
+    file: Memory,
     origin: Origin,
     handed: Vec<Handed>,
 ) -> Result<Started, StartError> {
@@ -157,7 +218,8 @@ async fn launch(
         accelerator: runtime.accelerator,
         vcpus: spec.vcpus,
         memory: spec.memory,
-        memory_file,
+        memory_file: file.name,
+        mapping: file.mapping,
         origin,
         disk,
         card: uplink
@@ -170,7 +232,7 @@ async fn launch(
     };
     let log = spec.run_dir.join("qemu.log");
     let mut inherit = vec![monitor, guest];
-    inherit.extend(handed.into_iter().map(|handed| handed.file));
+    inherit.extend(handed.into_iter().map(Handed::into_fd));
     let (tap, netns) = uplink.map_or((None, None), |uplink| (Some(uplink.tap), uplink.netns));
     inherit.extend(tap);
     if plan.console.is_some() {
@@ -301,63 +363,6 @@ fn socket_pair() -> io::Result<(UnixStream, OwnedFd)> {
     Ok((UnixStream::from_std(ours)?, theirs.into()))
 }
 
-/// Opens a file to append to, readable by its owner alone.
-fn open_for(path: &Path, identity: Option<Identity>) -> io::Result<File> {
-    let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
-    give(&file, identity)?;
-    Ok(file)
-}
-
-fn give(file: &File, identity: Option<Identity>) -> io::Result<()> {
-    match identity {
-        Some(Identity { uid, gid }) => std::os::unix::fs::fchown(file, Some(uid), Some(gid)),
-        None => Ok(()),
-    }
-}
-
-/// New files that are removed again unless the machine starts.
-#[derive(Default)]
-struct NewFiles {
-    paths: Vec<PathBuf>,
-}
-
-impl NewFiles {
-    fn create(
-        &mut self,
-        path: &Path,
-        size_bytes: u64,
-        identity: Option<Identity>,
-    ) -> Result<Handed, StartError> {
-        let io =
-            |source| StartError::Io { step: "make the machine's memory and state files", source };
-        // Never one that exists: other machines may map it.
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(path)
-            .map_err(io)?;
-        self.paths.push(path.to_owned());
-        file.set_len(size_bytes).and_then(|()| give(&file, identity)).map_err(io)?;
-        Ok(Handed { file: file.into() })
-    }
-
-    fn keep(mut self) {
-        self.paths.clear();
-    }
-}
-
-impl Drop for NewFiles {
-    fn drop(&mut self) {
-        for path in &self.paths {
-            if let Err(e) = fs::remove_file(path) {
-                tracing::warn!(path = %path.display(), error = %e, "a new machine's file stays");
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -370,24 +375,5 @@ mod tests {
         fs::write(&log, "x".repeat(5000) + "\nlast\n").expect("write a log");
         let tail = log_tail(&log);
         assert!(tail.ends_with("x | last") && tail.len() < 3000, "{tail}");
-    }
-
-    #[test]
-    fn abandoned_files_are_removed() {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let path = folder.path().join("memory");
-        let create = |keep: bool| -> Result<(), StartError> {
-            let mut files = NewFiles::default();
-            files.create(&path, 1 << 20, None)?;
-            if keep {
-                files.keep();
-            }
-            Ok(())
-        };
-        create(false).expect("a new file");
-        assert!(!path.exists());
-        create(true).expect("a new file");
-        assert_eq!(fs::metadata(&path).expect("kept").len(), 1 << 20);
-        assert!(create(true).is_err(), "an existing file is in use");
     }
 }

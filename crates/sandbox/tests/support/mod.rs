@@ -10,7 +10,7 @@ use belljar_daemon::clock::{self, Clock};
 use belljar_domain::{BuildId, ExecutionId, MiB, SandboxId, TemplateId, Tier, UnixMillis, Vcpus};
 use belljar_network::FakeSlots;
 use belljar_runtime::fake::{FakeRuntime, Faults};
-use belljar_runtime::{BootSource, MachineSpec, Runtime as _};
+use belljar_runtime::{BootMemory, BootSource, MachineSpec, Runtime as _};
 use belljar_sandbox::admission::Limits;
 use belljar_sandbox::metrics::Figures;
 use belljar_sandbox::template::{TemplateDraft, TemplateMeta};
@@ -65,7 +65,8 @@ impl Rig {
             identity: None,
         };
         let artifacts = draft.dir().to_owned();
-        let source = BootSource { kernel, cmdline: Vec::new(), artifacts };
+        let memory = BootMemory::Saveable { artifacts };
+        let source = BootSource { kernel, cmdline: Vec::new(), memory };
         let mut machine = self.runtime.boot(spec, source).await.expect("boot");
         machine.save().await.expect("save");
         machine.kill().await.expect("kill");

@@ -197,6 +197,38 @@ impl pb::NodeService for Node {
         })
     }
 
+    async fn pause_sandbox(
+        &self,
+        _ctx: RequestContext,
+        _request: ServiceRequest<'_, pb::PauseSandboxRequest>,
+    ) -> ServiceResult<pb::PauseSandboxResponse> {
+        Err(ConnectError::unimplemented("pause_sandbox"))
+    }
+
+    async fn snapshot_sandbox(
+        &self,
+        _ctx: RequestContext,
+        _request: ServiceRequest<'_, pb::SnapshotSandboxRequest>,
+    ) -> ServiceResult<pb::SnapshotSandboxResponse> {
+        Err(ConnectError::unimplemented("snapshot_sandbox"))
+    }
+
+    async fn list_snapshots(
+        &self,
+        _ctx: RequestContext,
+        _request: ServiceRequest<'_, pb::ListSnapshotsRequest>,
+    ) -> ServiceResult<pb::ListSnapshotsResponse> {
+        Err(ConnectError::unimplemented("list_snapshots"))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        _ctx: RequestContext,
+        _request: ServiceRequest<'_, pb::DeleteSnapshotRequest>,
+    ) -> ServiceResult<pb::DeleteSnapshotResponse> {
+        Err(ConnectError::unimplemented("delete_snapshot"))
+    }
+
     async fn list_templates(
         &self,
         _ctx: RequestContext,

@@ -27,7 +27,8 @@ use belljar_runtime::{
     BootMemory, BootSource, DiskExport, ExitCause, Identity, KillError, Machine, MachineSpec,
     NetworkAttachment, Runtime, SaveError, StartError,
 };
-use belljar_sandbox::template::{Template, TemplateDraft, TemplateError, TemplateMeta};
+use belljar_sandbox::RecordError;
+use belljar_sandbox::template::{Template, TemplateDraft, TemplateMeta};
 use belljar_wire::guest::Init;
 
 use crate::blocking::blocking;
@@ -88,7 +89,7 @@ pub struct Deps {
 pub enum BuildError {
     /// The template could not be written.
     #[error("write the template")]
-    Template(#[from] TemplateError),
+    Template(#[from] RecordError),
     /// The root disk is no whole number of MiB.
     #[error("use root disk {}: its {size_bytes} bytes are not a whole number of MiB", path.display())]
     DiskSize {
@@ -173,6 +174,10 @@ fn io_error(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BuildE
     move |source| BuildError::Io { step, path, source }
 }
 
+/// What is in the folder of a build that this program makes; part of its key, so that those of an
+/// earlier program are built again. 2: with the kernel.
+const FOLDER: u32 = 2;
+
 /// A digest of everything a build depends on: equal keys make equal templates. Reads both files;
 /// call it from a blocking thread.
 ///
@@ -186,6 +191,7 @@ pub fn source_key(
     fingerprint: &str,
 ) -> Result<String, BuildError> {
     let mut hasher = blake3::Hasher::new();
+    hasher.update(&FOLDER.to_le_bytes());
     let mut content = blake3::Hasher::new();
     std::fs::File::open(kernel)
         .and_then(|file| content.update_reader(file).map(drop))
@@ -253,6 +259,7 @@ async fn acquire_and_save(
     on(Event::Step("copy the root disk"));
     let draft = make_draft(config, &build_id, undo)?;
     let disk = copy_disk(config, &draft).await?;
+    copy_kernel(config, &draft).await?;
     let run_dir = make_run_dir(config, &name, undo)?;
     let disk_socket = serve_disk(config, &draft, &run_dir, undo)?;
     let network = lease_slot(deps, undo).await?;
@@ -385,6 +392,12 @@ async fn copy_disk(config: &BuildConfig, draft: &Arc<TemplateDraft>) -> Result<M
     }
     blocking(move || clone_file(&from, &to)).await?;
     Ok(disk)
+}
+
+/// Copies the kernel into the draft, with the words machines are booted with.
+async fn copy_kernel(config: &BuildConfig, draft: &Arc<TemplateDraft>) -> Result<(), BuildError> {
+    let (draft, kernel, words) = (draft.clone(), config.kernel.clone(), kernel_words(config.dns));
+    Ok(blocking(move || draft.put_kernel(&kernel, &words)).await?)
 }
 
 fn make_run_dir(

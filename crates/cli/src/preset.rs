@@ -36,6 +36,8 @@ const FAKE_FIGURES: Figures = Figures {
     disk_used_bytes: 256 << 20,
     disk_total_bytes: 0,
 };
+/// An emulated guest boots in 2 to 5 s on an idle host.
+const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 /// Callers of a create give up after a minute; one that waited this long could still start.
 const STARTING_WAIT_MAX: Duration = Duration::from_secs(15);
 
@@ -123,7 +125,8 @@ impl Local {
             untold_dir: self.data_dir.join("untold-ends"),
             run_dir: self.run_dir.clone(),
             overlay_dir: self.data_dir.join("overlays"),
-            templates_dir: self.templates_dir(),
+            data_dir: self.data_dir.clone(),
+            boot_deadline: BOOT_DEADLINE,
             machine_uid_base: self.machine_uid_base(range),
             limits: limits(options),
             metrics: match options.runtime {

@@ -113,6 +113,16 @@ points! {
     OwnerBeforeNotice = "sandbox.owner.before-notice",
     /// Its end is announced.
     OwnerNoticeSent = "sandbox.owner.notice-sent",
+    /// A snapshot's draft folder exists; the guest knows of nothing.
+    KeepDrafted = "sandbox.keep.drafted",
+    /// The guest has flushed, or does not answer; the machine runs.
+    KeepGuestPrepared = "sandbox.keep.guest-prepared",
+    /// The machine stands still; nothing of it is taken.
+    KeepMachineStill = "sandbox.keep.machine-still",
+    /// Memory and disk are taken; nothing of them is on stable storage.
+    KeepTaken = "sandbox.keep.taken",
+    /// The snapshot is on stable storage; nobody was told.
+    KeepPublished = "sandbox.keep.published",
 }
 
 #[cfg(not(debug_assertions))]

@@ -1,14 +1,15 @@
 //! Between the node RPC's messages and the domain: parsed once, here.
 
 use std::str::FromStr;
+use std::sync::Arc;
 
 use belljar_domain::{IdError, Kind, SandboxId, Secret, UnixMillis};
 use belljar_sandbox::admission::{Refused, Status};
 use belljar_sandbox::metrics::Sample;
 use belljar_sandbox::template::Template;
 use belljar_sandbox::{
-    CreateError, CreateSandbox, Direction, Ended, LogEntry, LogQuery, SandboxInfo, Starting,
-    Untold, Usage,
+    AutoPause, CreateError, CreateSandbox, Direction, Ended, LogEntry, LogQuery, SandboxInfo,
+    SnapshotMeta, Starting, Untold, Usage,
 };
 use belljar_wire::guest::LogLevel;
 use belljar_wire::refusal::Refusal;
@@ -58,7 +59,47 @@ pub(crate) fn create_request(
         env_vars: from.env_vars.into_iter().collect(),
         allow_internet_access: from.allow_internet_access,
         terms: from.terms.into(),
+        auto_pause: from.auto_pause.into_option().map(auto_pause).transpose()?,
+        cold_boot: from.cold_boot,
     })
+}
+
+fn auto_pause(from: pb::AutoPause) -> Result<AutoPause, ConnectError> {
+    Ok(AutoPause {
+        snapshot_id: from.snapshot_id.parse().map_err(|e| bad_id(&e))?,
+        filesystem_only: from.filesystem_only,
+    })
+}
+
+pub(crate) fn snapshot_info(meta: &SnapshotMeta) -> pb::SnapshotInfo {
+    pb::SnapshotInfo {
+        snapshot_id: meta.snapshot_id.to_string(),
+        sandbox_id: meta.sandbox_id.to_string(),
+        execution_id: meta.execution_id.to_string(),
+        template_id: meta.template_id.to_string(),
+        build_id: meta.build_id.to_string(),
+        paused: meta.paused,
+        filesystem_only: meta.filesystem_only,
+        guest_unresponsive: meta.guest_unresponsive,
+        vcpus: meta.vcpus.0,
+        memory_mib: meta.memory.0,
+        disk_mib: meta.disk.0,
+        envd_version: meta.envd_version.clone(),
+        terms: meta.terms.clone(),
+        started_at_unix_ms: meta.started_at.0,
+        created_at_unix_ms: meta.created_at.0,
+        own_bytes: meta.own_bytes,
+        ..pb::SnapshotInfo::default()
+    }
+}
+
+/// The first of `metas` that fit one answer, and the last id of the page when there are more.
+pub(crate) fn snapshot_page(metas: &[Arc<SnapshotMeta>]) -> (Vec<pb::SnapshotInfo>, String) {
+    let fitting = fitting(metas.iter().map(|meta| meta.terms.len()));
+    let page: Vec<pb::SnapshotInfo> =
+        metas[..fitting].iter().map(|meta| snapshot_info(meta)).collect();
+    let next = page.last().filter(|_| fitting < metas.len()).map(|last| last.snapshot_id.clone());
+    (page, next.unwrap_or_default())
 }
 
 pub(crate) fn sandbox_info(info: &SandboxInfo) -> pb::SandboxInfo {
@@ -85,17 +126,22 @@ const PAGE_BYTES: usize = 2 * 1024 * 1024;
 /// What a sandbox takes in an answer besides its terms.
 const SANDBOX_COST_BYTES: usize = 256;
 
-/// The first of `infos` that fit one answer, and the last id of the page when there are more.
-pub(crate) fn sandbox_page(infos: &[SandboxInfo]) -> (Vec<pb::SandboxInfo>, String) {
+/// How many of the things whose terms have these lengths fit one answer.
+fn fitting(terms_bytes: impl Iterator<Item = usize>) -> usize {
     let mut bytes = 0;
-    let fits = |info: &&SandboxInfo| {
+    let fits = |terms: &usize| {
         let before = bytes;
-        bytes += info.terms.len() + SANDBOX_COST_BYTES;
+        bytes += terms + SANDBOX_COST_BYTES;
         before < PAGE_BYTES
     };
-    let page: Vec<pb::SandboxInfo> = infos.iter().take_while(fits).map(sandbox_info).collect();
-    let more = page.len() < infos.len();
-    let next = page.last().filter(|_| more).map(|last| last.sandbox_id.clone());
+    terms_bytes.take_while(fits).count()
+}
+
+/// The first of `infos` that fit one answer, and the last id of the page when there are more.
+pub(crate) fn sandbox_page(infos: &[SandboxInfo]) -> (Vec<pb::SandboxInfo>, String) {
+    let fitting = fitting(infos.iter().map(|info| info.terms.len()));
+    let page: Vec<pb::SandboxInfo> = infos[..fitting].iter().map(sandbox_info).collect();
+    let next = page.last().filter(|_| fitting < infos.len()).map(|last| last.sandbox_id.clone());
     (page, next.unwrap_or_default())
 }
 
@@ -239,6 +285,7 @@ pub(crate) fn refusal(error: &CreateError) -> Option<Refusal> {
         CreateError::Io { .. } if error.kind() == Kind::Quota => Some(Refusal::Disk),
         CreateError::Exists { .. }
         | CreateError::Killed { .. }
+        | CreateError::NoKernel { .. }
         | CreateError::Network { .. }
         | CreateError::Io { .. }
         | CreateError::Machine { .. }
@@ -303,6 +350,7 @@ pub(crate) fn ended(ended: &Ended) -> pb::WatchSandboxesResponse {
         sandbox_id: ended.sandbox_id.to_string(),
         execution_id: ended.execution_id.to_string(),
         reason: ended.reason.as_str().to_owned(),
+        snapshot: ended.snapshot.as_deref().map(snapshot_info).into(),
         ..pb::watch_sandboxes_response::Ended::default()
     };
     pb::WatchSandboxesResponse { ended: notice.into(), ..pb::WatchSandboxesResponse::default() }

@@ -5,9 +5,11 @@
 )]
 
 use belljar_daemon::{Scope, clock};
-use belljar_domain::{Kind, SandboxId, UnixMillis};
+use belljar_domain::{BuildId, Kind, SandboxId, UnixMillis};
 use belljar_sandbox::metrics::MetricsQuery;
-use belljar_sandbox::{CreateError, SandboxNotFound, Sandboxes};
+use belljar_sandbox::{
+    CreateError, DeleteSnapshotError, KeepError, KeepSandbox, SandboxNotFound, Sandboxes,
+};
 use belljar_wire::refusal::Refusal;
 use belljar_wire::rpc::belljar::node::v1 as pb;
 use connectrpc::{
@@ -20,7 +22,8 @@ use tracing::error;
 use crate::Config;
 use crate::convert::{
     bad_id, capacity, code, create_request, ended, ids, load, log_entry, log_query, refusal,
-    samples, sandbox_info, sandbox_page, starting, status, template_info, untold, wanted_status,
+    samples, sandbox_info, sandbox_page, snapshot_info, snapshot_page, starting, status,
+    template_info, untold, wanted_status,
 };
 use crate::host::Host;
 
@@ -200,33 +203,65 @@ impl pb::NodeService for Node {
     async fn pause_sandbox(
         &self,
         _ctx: RequestContext,
-        _request: ServiceRequest<'_, pb::PauseSandboxRequest>,
+        request: ServiceRequest<'_, pb::PauseSandboxRequest>,
     ) -> ServiceResult<pb::PauseSandboxResponse> {
-        Err(ConnectError::unimplemented("pause_sandbox"))
+        let request = request.to_owned_message();
+        let id: SandboxId = request.sandbox_id.parse().map_err(|e| bad_id(&e))?;
+        let order = KeepSandbox {
+            snapshot_id: request.snapshot_id.parse().map_err(|e| bad_id(&e))?,
+            filesystem_only: request.filesystem_only,
+            require_healthy_guest: request.require_healthy_guest,
+        };
+        let snapshot = self.sandboxes.pause(&id, order).await.map_err(|e| not_kept(&e))?;
+        Response::ok(pb::PauseSandboxResponse {
+            snapshot: snapshot_info(&snapshot).into(),
+            ..pb::PauseSandboxResponse::default()
+        })
     }
 
     async fn snapshot_sandbox(
         &self,
         _ctx: RequestContext,
-        _request: ServiceRequest<'_, pb::SnapshotSandboxRequest>,
+        request: ServiceRequest<'_, pb::SnapshotSandboxRequest>,
     ) -> ServiceResult<pb::SnapshotSandboxResponse> {
-        Err(ConnectError::unimplemented("snapshot_sandbox"))
+        let request = request.to_owned_message();
+        let id: SandboxId = request.sandbox_id.parse().map_err(|e| bad_id(&e))?;
+        let order = KeepSandbox {
+            snapshot_id: request.snapshot_id.parse().map_err(|e| bad_id(&e))?,
+            filesystem_only: request.filesystem_only,
+            require_healthy_guest: false,
+        };
+        let snapshot = self.sandboxes.snapshot(&id, order).await.map_err(|e| not_kept(&e))?;
+        Response::ok(pb::SnapshotSandboxResponse {
+            snapshot: snapshot_info(&snapshot).into(),
+            ..pb::SnapshotSandboxResponse::default()
+        })
     }
 
     async fn list_snapshots(
         &self,
         _ctx: RequestContext,
-        _request: ServiceRequest<'_, pb::ListSnapshotsRequest>,
+        request: ServiceRequest<'_, pb::ListSnapshotsRequest>,
     ) -> ServiceResult<pb::ListSnapshotsResponse> {
-        Err(ConnectError::unimplemented("list_snapshots"))
+        let after = request.to_owned_message().after_snapshot_id;
+        let after = (!after.is_empty()).then(|| after.parse()).transpose();
+        let after: Option<BuildId> = after.map_err(|e| bad_id(&e))?;
+        let (snapshots, next) = snapshot_page(&self.sandboxes.snapshots(after.as_ref()));
+        Response::ok(pb::ListSnapshotsResponse {
+            snapshots,
+            next_after_snapshot_id: next,
+            ..pb::ListSnapshotsResponse::default()
+        })
     }
 
     async fn delete_snapshot(
         &self,
         _ctx: RequestContext,
-        _request: ServiceRequest<'_, pb::DeleteSnapshotRequest>,
+        request: ServiceRequest<'_, pb::DeleteSnapshotRequest>,
     ) -> ServiceResult<pb::DeleteSnapshotResponse> {
-        Err(ConnectError::unimplemented("delete_snapshot"))
+        let id: BuildId = request.to_owned_message().snapshot_id.parse().map_err(|e| bad_id(&e))?;
+        self.sandboxes.delete_snapshot(&id).await.map_err(|e| not_deleted(&e))?;
+        Response::ok(pb::DeleteSnapshotResponse::default())
     }
 
     async fn list_templates(
@@ -288,6 +323,35 @@ fn not_created(error: &CreateError) -> ConnectError {
 fn folder_failed(error: &std::io::Error) -> ConnectError {
     error!(%error, "the ends nobody was told of cannot be read or removed");
     ConnectError::new(code(Kind::Internal), "failed to use the record of ends on this node")
+}
+
+/// A sandbox that was not kept, in public words. Its owner has logged the whole chain.
+fn not_kept(error: &KeepError) -> ConnectError {
+    match error {
+        KeepError::NotFound { .. } | KeepError::Unhealthy { .. } => {
+            ConnectError::new(code(error.kind()), format!("failed to {error}"))
+        }
+        KeepError::Exists { .. } => {
+            ConnectError::new(ErrorCode::AlreadyExists, format!("failed to {error}"))
+        }
+        _ if error.kind() == Kind::Quota => {
+            error!("the disk under the data folder is full: no sandbox can be paused");
+            ConnectError::new(code(Kind::Quota), "this node's disk is full")
+        }
+        _ => ConnectError::new(code(error.kind()), "failed to keep the sandbox on this node"),
+    }
+}
+
+fn not_deleted(error: &DeleteSnapshotError) -> ConnectError {
+    match error {
+        DeleteSnapshotError::NotFound(missing) => {
+            ConnectError::new(code(Kind::NotFound), format!("failed to {missing}"))
+        }
+        DeleteSnapshotError::Folder { source, .. } => {
+            error!(%error, cause = %source, "a snapshot's folder stays until the next start");
+            ConnectError::new(code(Kind::Internal), "failed to delete the snapshot on this node")
+        }
+    }
 }
 
 fn missing(error: &SandboxNotFound) -> ConnectError {

@@ -6,7 +6,6 @@
 //!
 //! A failure at any step runs the undos of the steps before it, in reverse, and nothing is left.
 
-use std::collections::HashMap;
 use std::io;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -19,15 +18,19 @@ use belljar_domain::{BuildId, Kind, SandboxId, UnixMillis};
 use belljar_network::{EgressPolicy, LeaseError};
 use belljar_runtime::control::{ControlError, GuestControl};
 use belljar_runtime::{
-    DiskExport, Identity, Machine, MachineSpec, NetworkAttachment, SavedMachine, StartError,
+    BootMemory, BootSource, DiskExport, Identity, Machine, MachineSpec, NetworkAttachment,
+    StartError,
 };
 use belljar_wire::guest::Init;
 
 use crate::admission::Refused;
+use crate::freeze::Held;
 use crate::info::{CreateSandbox, SandboxInfo};
 use crate::ledger::{Entry, Ledger, Run};
+use crate::record::RecordError;
 use crate::settings::{Deps, Settings};
-use crate::template::{Template, TemplateMeta};
+use crate::source::Source;
+use crate::template::Kernel;
 
 /// Why a sandbox did not start. Nothing of it is left.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +52,15 @@ pub enum CreateError {
     Incompatible {
         /// The build asked for.
         build_id: BuildId,
+    },
+    /// The build cannot be booted from its disk: it was made before templates kept their kernel.
+    #[error("boot build {build_id} without its memory: its template must be built again")]
+    NoKernel {
+        /// The build asked for.
+        build_id: BuildId,
+        /// What is missing.
+        #[source]
+        source: RecordError,
     },
     /// This host takes no more.
     #[error("create a sandbox: {limit}")]
@@ -103,7 +115,7 @@ impl CreateError {
         match self {
             CreateError::NoTemplate { .. } => Kind::NotFound,
             CreateError::Exists { .. } | CreateError::Killed { .. } => Kind::Conflict,
-            CreateError::Incompatible { .. } => Kind::NotFound,
+            CreateError::Incompatible { .. } | CreateError::NoKernel { .. } => Kind::NotFound,
             CreateError::Refused { limit } => limit.kind(),
             CreateError::Closing => Kind::Unavailable,
             CreateError::Network { source } => source.kind(),
@@ -123,17 +135,8 @@ pub(crate) struct Booted {
     pub(crate) control: GuestControl,
     pub(crate) undo: Teardown,
     pub(crate) info: SandboxInfo,
+    pub(crate) held: Held,
 }
-
-/// A template as the boot path needs it: its record, its folder and its opened base disk.
-pub(crate) struct ReadyTemplate {
-    pub(crate) template: Template,
-    pub(crate) base: Arc<LayeredImage>,
-    pub(crate) envd_version: Arc<str>,
-}
-
-/// What sandboxes can be started from, by build.
-pub(crate) type ReadyTemplates = HashMap<BuildId, Arc<ReadyTemplate>>;
 
 /// The files of one sandbox on this host.
 struct Places {
@@ -152,18 +155,18 @@ impl Places {
     }
 }
 
-/// Boots a sandbox from its template's snapshot. Not cancel-safe: run it shielded.
+/// Starts a sandbox from a template build or a snapshot. Not cancel-safe: run it shielded.
 pub(crate) async fn boot(
     deps: &Deps,
     settings: &Settings,
     ledger: &Ledger,
     scope: &Scope,
-    template: &ReadyTemplate,
+    source: &Arc<Source>,
     request: &CreateSandbox,
 ) -> Result<Booted, CreateError> {
     let mut undo = Teardown::new(scope, settings.teardown_step_deadline);
-    match acquire(deps, settings, ledger, template, request, &mut undo).await {
-        Ok((machine, control, info)) => Ok(Booted { machine, control, undo, info }),
+    match acquire(deps, settings, ledger, source, request, &mut undo).await {
+        Ok((machine, control, info, held)) => Ok(Booted { machine, control, undo, info, held }),
         Err(e) => {
             // Failed steps are logged where they fail; the caller hears why the boot did.
             let _leaks = undo.run().await;
@@ -176,14 +179,13 @@ async fn acquire(
     deps: &Deps,
     settings: &Settings,
     ledger: &Ledger,
-    template: &ReadyTemplate,
+    source: &Arc<Source>,
     request: &CreateSandbox,
     undo: &mut Teardown,
-) -> Result<(Box<dyn Machine>, GuestControl, SandboxInfo), CreateError> {
+) -> Result<(Box<dyn Machine>, GuestControl, SandboxInfo, Held), CreateError> {
     let started_at = clock::now();
     let places = Places::of(settings, &request.sandbox_id);
-    let meta = &template.template.meta;
-    enter_ledger(ledger, request, meta, &places, started_at.0, undo)?;
+    enter_ledger(ledger, request, source, &places, started_at.0, undo)?;
     reach(Point::BootInLedger);
     make_run_dir(&places.run_dir, undo)?;
     reach(Point::BootFolderMade);
@@ -193,28 +195,28 @@ async fn acquire(
     let identity = settings
         .machine_uid_base
         .map(|base| Identity { uid: base + slot_index, gid: base + slot_index });
-    let mut root_disk = Vec::new();
+    let (mut root_disk, mut disk) = (Vec::new(), None);
     if deps.runtime.reads_disks() {
-        root_disk.push(export_disk(&template.base, &places, identity, undo)?);
+        let (export, overlay) = export_disk(&source.root_disk, &places, identity, undo)?;
+        root_disk.push(export);
+        disk = Some(overlay);
     }
     let spec = MachineSpec {
         name: places.machine.clone(),
-        vcpus: meta.vcpus,
-        memory: meta.memory,
+        vcpus: source.vcpus,
+        memory: source.memory,
         root_disk,
         network: Some(network),
         run_dir: places.run_dir.clone(),
         identity,
     };
     reach(Point::BootDiskReady);
-    let mut machine = deps
-        .runtime
-        .restore(spec, SavedMachine::template(&template.template.dir))
-        .await
-        .map_err(|source| CreateError::Machine { source })?;
+    let (mut machine, memory) =
+        start_machine(deps, &settings.templates_dir(), source, request, spec).await?;
     reach(Point::BootMachineStarted);
-    let (control, envd_version) = match become_sandbox(&mut *machine, request, meta, settings).await
-    {
+    let boots = request.cold_boot || source.saved.is_none();
+    let becomes = become_sandbox(&mut *machine, request, settings, boots);
+    let (control, envd_version) = match becomes.await {
         Ok(ready) => ready,
         Err(source) => {
             if let Err(e) = machine.kill().await {
@@ -224,13 +226,15 @@ async fn acquire(
         }
     };
     reach(Point::BootGuestReady);
-    let info = describe(request, template, (route_ip, started_at), &envd_version);
-    Ok((machine, control, info))
+    let info = describe(request, source, (route_ip, started_at), &envd_version);
+    let leaves_layers = source.snapshot.is_some();
+    let held = Held { source: Arc::clone(source), disk, memory, leaves_layers };
+    Ok((machine, control, info, held))
 }
 
 fn describe(
     request: &CreateSandbox,
-    template: &ReadyTemplate,
+    source: &Source,
     (route_ip, started_at): (Ipv4Addr, UnixMillis),
     envd_version: &str,
 ) -> SandboxInfo {
@@ -238,40 +242,68 @@ fn describe(
     fn shared<T: PartialEq + Clone>(own: &T, known: &T) -> T {
         if own == known { known.clone() } else { own.clone() }
     }
-    let meta = &template.template.meta;
     SandboxInfo {
         sandbox_id: request.sandbox_id.clone(),
         execution_id: request.execution_id.clone(),
-        template_id: shared(&request.template_id, &meta.template_id),
-        build_id: shared(&request.build_id, &meta.build_id),
+        template_id: shared(&request.template_id, &source.template_id),
+        build_id: shared(&request.build_id, &source.build_id),
         route_ip,
         started_at,
         end_at: request.end_at,
-        vcpus: meta.vcpus,
-        memory: meta.memory,
-        disk: meta.disk,
+        vcpus: source.vcpus,
+        memory: source.memory,
+        disk: source.disk,
         // Guests say what was saved, as a rule.
-        envd_version: shared(&envd_version.into(), &template.envd_version),
+        envd_version: shared(&envd_version.into(), &source.envd_version),
         terms: Arc::clone(&request.terms),
     }
+}
+
+/// Restores the machine with its memory, or boots it without; answers what its memory starts from.
+async fn start_machine(
+    deps: &Deps,
+    templates_dir: &Path,
+    source: &Source,
+    request: &CreateSandbox,
+    spec: MachineSpec,
+) -> Result<(Box<dyn Machine>, Arc<LayeredImage>), CreateError> {
+    let failed = |source| CreateError::Machine { source };
+    if let Some(saved) = source.saved.as_ref().filter(|_| !request.cold_boot) {
+        let io = |source| CreateError::Io { step: "put the saved memory together", source };
+        let machine = saved.machine().await.map_err(io)?;
+        let machine = deps.runtime.restore(spec, machine).await.map_err(failed)?;
+        return Ok((machine, Arc::clone(&saved.image)));
+    }
+    let kernel = Kernel::load(templates_dir, &source.kernel_build).map_err(|source_error| {
+        CreateError::NoKernel { build_id: source.build_id.clone(), source: source_error }
+    })?;
+    let memory = LayeredImage::zero(spec.memory.bytes());
+    let memory = memory.map_err(|source| CreateError::Io { step: "measure the memory", source })?;
+    let Kernel { path, words } = kernel;
+    let boot = BootSource { kernel: path, cmdline: words, memory: BootMemory::Private };
+    let machine = deps.runtime.boot(spec, boot).await.map_err(failed)?;
+    Ok((machine, Arc::new(memory)))
 }
 
 async fn become_sandbox(
     machine: &mut dyn Machine,
     request: &CreateSandbox,
-    meta: &TemplateMeta,
     settings: &Settings,
+    boots: bool,
 ) -> Result<(GuestControl, String), ControlError> {
     let stream = machine.take_control().ok_or(ControlError::Closed)?;
     let mut control = GuestControl::new(stream);
-    let version = control.init(guest_init(request, meta), settings.ready_deadline).await?;
+    if boots {
+        control.booted(settings.boot_deadline).await?;
+    }
+    let version = control.init(guest_init(request), settings.ready_deadline).await?;
     Ok((control, version))
 }
 
 fn enter_ledger(
     ledger: &Ledger,
     request: &CreateSandbox,
-    template: &TemplateMeta,
+    source: &Source,
     places: &Places,
     started_at_unix_ms: i64,
     undo: &mut Teardown,
@@ -280,9 +312,9 @@ fn enter_ledger(
         template_id: request.template_id.to_string(),
         build_id: request.build_id.to_string(),
         end_at_unix_ms: request.end_at.0,
-        vcpus: template.vcpus.0,
-        memory_mib: template.memory.0,
-        disk_mib: template.disk.0,
+        vcpus: source.vcpus.0,
+        memory_mib: source.memory.0,
+        disk_mib: source.disk.0,
         terms: request.terms.to_string(),
     };
     let entry = Entry::new(
@@ -335,13 +367,13 @@ async fn lease_slot(
     Ok((attachment, index))
 }
 
-/// Lays a private overlay over the template's disk and serves it on a socket in the run folder.
+/// Lays a private overlay over the source's disk and serves it on a socket in the run folder.
 fn export_disk(
     base: &Arc<LayeredImage>,
     places: &Places,
     identity: Option<Identity>,
     undo: &mut Teardown,
-) -> Result<DiskExport, CreateError> {
+) -> Result<(DiskExport, Arc<Overlay>), CreateError> {
     let overlay = Overlay::create(base.clone(), &places.overlay)
         .map_err(|e| CreateError::Io { step: "make the disk overlay", source: e.source })?;
     let overlay = Arc::new(overlay);
@@ -349,22 +381,22 @@ fn export_disk(
     undo.push("disk overlay", async move { file.remove().map_err(|e| e.to_string()) });
     let socket = places.run_dir.join("disk.sock");
     let owner = identity.map(|id| SocketOwner { uid: id.uid, gid: id.gid });
-    let server = NbdServer::bind(&socket, overlay, owner)
+    let server = NbdServer::bind(&socket, overlay.clone(), owner)
         .map_err(|e| CreateError::Io { step: "serve the disk", source: io::Error::other(e) })?;
     undo.push("disk server", async move {
         let closed = tokio::task::spawn_blocking(move || server.close()).await;
         closed.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
     });
-    Ok(DiskExport::NbdSocket(socket))
+    Ok((DiskExport::NbdSocket(socket), overlay))
 }
 
-/// What the restored guest is told.
-fn guest_init(request: &CreateSandbox, template: &TemplateMeta) -> Init {
+/// What the guest is told.
+fn guest_init(request: &CreateSandbox) -> Init {
     let entropy: [u8; 32] = rand::random();
     Init {
         nonce: rand::random(),
         sandbox_id: request.sandbox_id.to_string(),
-        template_id: template.template_id.to_string(),
+        template_id: request.template_id.to_string(),
         access_token: request.envd_access_token.as_ref().map(|t| t.expose().clone()),
         env_vars: request.env_vars.clone(),
         time_unix_ns: u64::try_from(clock::now().0).unwrap_or(0).saturating_mul(1_000_000),

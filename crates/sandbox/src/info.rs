@@ -7,6 +7,8 @@ use std::sync::Arc;
 use belljar_domain::lifecycle::EndReason;
 use belljar_domain::{BuildId, ExecutionId, MiB, SandboxId, Secret, TemplateId, UnixMillis, Vcpus};
 
+use crate::snapshot::SnapshotMeta;
+
 /// A sandbox to create.
 #[derive(Debug, Clone)]
 pub struct CreateSandbox {
@@ -20,6 +22,10 @@ pub struct CreateSandbox {
     pub build_id: BuildId,
     /// When it ends.
     pub end_at: UnixMillis,
+    /// Set: it is paused at its end, and killed otherwise.
+    pub auto_pause: Option<AutoPause>,
+    /// Whether to boot from the disk of the build alone, without its memory.
+    pub cold_boot: bool,
     /// What callers of its guest daemon must show; `None` asks for nothing.
     pub envd_access_token: Option<Secret<String>>,
     /// Environment of every process in it.
@@ -29,6 +35,15 @@ pub struct CreateSandbox {
     /// Whatever the caller wants back with it; not looked at. It is on disk before anything of the
     /// sandbox exists, and should have at most 1 MiB.
     pub terms: Arc<str>,
+}
+
+/// How a sandbox is paused at its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AutoPause {
+    /// The id its snapshot gets.
+    pub snapshot_id: BuildId,
+    /// Whether to keep its disk alone.
+    pub filesystem_only: bool,
 }
 
 /// A sandbox that runs.
@@ -80,6 +95,8 @@ pub struct Ended {
     pub execution_id: ExecutionId,
     /// Why.
     pub reason: EndReason,
+    /// What a paused one left.
+    pub snapshot: Option<Arc<SnapshotMeta>>,
 }
 
 /// A sandbox that ended when nobody could be told: with a run of this program, or unheard.

@@ -4,23 +4,24 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use belljar_daemon::clock;
 use belljar_daemon::fault::{Point, reach};
+use belljar_daemon::{OnError, clock};
 use belljar_domain::UnixMillis;
-use belljar_domain::lifecycle::EndReason;
+use belljar_domain::lifecycle::{EndReason, State};
 use tokio::sync::{SemaphorePermit, oneshot};
 use tracing::{info, warn};
 
 use crate::admission::Refused;
-use crate::boot::{Booted, CreateError, ReadyTemplate, boot};
+use crate::boot::{Booted, CreateError, boot};
 use crate::inbox::Inbox;
 use crate::info::{CreateSandbox, Ended, SandboxInfo};
 use crate::log::SandboxLog;
 use crate::metrics::Samples;
-use crate::owner::{Owner, Starts, give_back};
+use crate::owner::{AtItsEnd, End, Owner, Starts, give_back};
 use crate::probe::Target;
 use crate::registry::{Inner, chain};
 use crate::settings::MetricsFrom;
+use crate::source::Source;
 use crate::table::Running;
 
 impl Inner {
@@ -29,23 +30,24 @@ impl Inner {
     pub(crate) fn live(
         self: Arc<Self>,
         request: CreateSandbox,
-        template: Arc<ReadyTemplate>,
+        source: Arc<Source>,
         inbox: Inbox,
         answer: oneshot::Sender<Result<SandboxInfo, CreateError>>,
     ) -> impl Future<Output = Result<(), Infallible>> + Send + 'static {
         // Start and end are large and short: on the heap, so that a sandbox that lives has neither.
-        let begin = Box::pin(Arc::clone(&self).begin(request, template, inbox, answer));
+        let begin = Box::pin(Arc::clone(&self).begin(request, source, inbox, answer));
         async move {
             let Some(mut owner) = begin.await else { return Ok(()) };
-            let reason = owner.own(&self).await;
-            Box::pin(self.end(owner, reason)).await;
+            let end = owner.own(&self).await;
+            Box::pin(self.end(owner, end)).await;
             Ok(())
         }
     }
 
     /// Ends the sandbox and tells everybody.
-    async fn end(&self, owner: Owner, reason: EndReason) {
-        let running = Arc::clone(&owner.running);
+    async fn end(&self, owner: Owner, end: End) {
+        let (running, leaves_layers) = (Arc::clone(&owner.running), owner.held.leaves_layers);
+        let End { reason, paused } = end;
         let inbox = owner.end(&self.untold, reason).await;
         let info = &running.info;
         // Before it leaves the table: who listens from now on and does not find it there, finds this.
@@ -53,40 +55,60 @@ impl Inner {
             self.note_unheard(info, reason);
         }
         self.table().leave(&info.sandbox_id);
+        if leaves_layers {
+            self.sweep_layers();
+        }
         let (sandbox_id, execution_id) = (info.sandbox_id.clone(), info.execution_id.clone());
+        let snapshot = paused.as_ref().map(|(snapshot, _)| Arc::clone(snapshot));
         reach(Point::OwnerBeforeNotice);
-        if self.ended.send(Ended { sandbox_id, execution_id, reason }).is_err() {
+        let ended = Ended { sandbox_id, execution_id, reason, snapshot };
+        if self.ended.send(ended).is_err() {
             // The last listener left meanwhile; what is noted already stands.
             self.note_unheard(info, reason);
         }
         reach(Point::OwnerNoticeSent);
+        if let Some((snapshot, Some(asked))) = paused {
+            let _caller_gone = asked.send(Ok(snapshot)).is_err();
+        }
         drop(inbox);
     }
 
+    /// Notes an end for who asks later. Of a paused one its snapshot tells.
     fn note_unheard(&self, info: &SandboxInfo, reason: EndReason) {
+        if reason == EndReason::Paused {
+            return;
+        }
         if let Err(e) = self.untold.note_ended(info, reason, clock::now()) {
             let sandbox_id = &info.sandbox_id;
             warn!(%sandbox_id, error = %e, "the end is not noted: who asks later will not find it");
         }
     }
 
+    /// Removes layers that only this sandbox had open, on a thread that may block.
+    fn sweep_layers(&self) {
+        let shelf = self.shelf.clone();
+        self.scope.spawn_shielded("sweep layers", OnError::Log, async move {
+            tokio::task::spawn_blocking(move || shelf.sweep()).await
+        });
+    }
+
     /// Starts the sandbox and tells everybody; `None` when it did not start.
     async fn begin(
         self: Arc<Self>,
         mut request: CreateSandbox,
-        template: Arc<ReadyTemplate>,
+        source: Arc<Source>,
         mut inbox: Inbox,
         answer: oneshot::Sender<Result<SandboxInfo, CreateError>>,
     ) -> Option<Owner> {
         reach(Point::BootIdTaken);
-        let booted = match self.start(&template, &mut request, &mut inbox).await {
+        let booted = match self.start(&source, &mut request, &mut inbox).await {
             Err(e) => {
                 self.not_started(&request, e, answer);
                 return None;
             }
             Ok(booted) => booted,
         };
-        let Booted { machine, control, undo, info } = booted;
+        let Booted { machine, control, undo, info, held } = booted;
         inbox.set_end_at(info.end_at);
         let target = match self.settings.metrics {
             MetricsFrom::Guests => {
@@ -103,7 +125,9 @@ impl Inner {
         info!(sandbox_id = %info.sandbox_id, build_id = %info.build_id, "sandbox runs");
         reach(Point::BootBeforeAnswer);
         let _caller_gone = answer.send(Ok(info.clone())).is_err();
-        Some(Owner { machine, control, undo, inbox, running, target })
+        let at_its_end = request.auto_pause.take().map(AtItsEnd::pause);
+        let state = State::Starting { end_at: running.info.end_at };
+        Some(Owner { machine, control, undo, inbox, running, target, held, at_its_end, state })
     }
 
     fn not_started(
@@ -129,14 +153,14 @@ impl Inner {
     /// Waits for a turn, boots, and does what was asked of the sandbox meanwhile.
     async fn start(
         &self,
-        template: &ReadyTemplate,
+        source: &Arc<Source>,
         request: &mut CreateSandbox,
         inbox: &mut Inbox,
     ) -> Result<Booted, CreateError> {
         let killed = || CreateError::Killed { sandbox_id: request.sandbox_id.clone() };
         let turn = self.turn(&mut request.end_at, inbox).await?.ok_or_else(killed)?;
         let mut booted =
-            boot(&self.deps, &self.settings, &self.ledger, &self.scope, template, request).await?;
+            boot(&self.deps, &self.settings, &self.ledger, &self.scope, source, request).await?;
         drop(turn);
         let info = &mut booted.info;
         let asked_to_end = std::iter::from_fn(|| inbox.try_next())

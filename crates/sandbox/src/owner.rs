@@ -6,10 +6,11 @@
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use belljar_daemon::fault::{Point, reach};
 use belljar_daemon::{Teardown, clock};
-use belljar_domain::lifecycle::{Effect, EndReason, Event, State, next};
+use belljar_domain::lifecycle::{Effect, EndReason, Event, Goal, State, next};
 use belljar_domain::{SandboxId, UnixMillis};
 use belljar_runtime::control::GuestControl;
 use belljar_runtime::{ExitCause, Machine};
@@ -17,18 +18,31 @@ use belljar_wire::guest::FromGuest;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
+use crate::freeze::{Guest, Held, KeepError, KeepSandbox, Subject, keep};
 use crate::inbox::Inbox;
+use crate::info::AutoPause;
 use crate::log::SandboxLog;
 use crate::probe::{self, Target};
-use crate::registry::Inner;
+use crate::registry::{Inner, chain};
+use crate::snapshot::SnapshotMeta;
 use crate::table::Running;
 use crate::untold::UntoldEnds;
+
+/// How long a sandbox that could not be paused at its end lives on before that is tried again, and how
+/// often: a full disk or a busy host may be over then. After that it ends as expired.
+const PAUSE_RETRY: Duration = Duration::from_secs(60);
+const PAUSE_TRIES: u32 = 5;
+
+/// Whoever waits for a snapshot.
+pub(crate) type KeepAnswer = oneshot::Sender<Result<Arc<SnapshotMeta>, KeepError>>;
 
 /// What callers ask of a running sandbox.
 #[derive(Debug)]
 pub(crate) enum Command {
     /// Move its end. Answers when done; a sandbox on its way out drops the sender.
     SetEnd(UnixMillis, oneshot::Sender<()>),
+    /// Keep it as a snapshot, and go on or not. A pause is answered when nothing of it is left.
+    Keep(Box<KeepSandbox>, Goal, KeepAnswer),
     /// End it. The answer is the end of the owner itself.
     Kill,
 }
@@ -43,11 +57,13 @@ pub(crate) enum Starts {
 }
 
 impl Command {
-    /// Whether nobody waits for its answer any more. A kill stands: its answer is the sandbox's end.
+    /// Whether nobody waits for its answer any more. A kill and a pause stand: what they do can be seen
+    /// otherwise.
     pub(crate) fn is_abandoned(&self) -> bool {
         match self {
             Command::SetEnd(_, done) => done.is_closed(),
-            Command::Kill => false,
+            Command::Keep(_, Goal::Copy, done) => done.is_closed(),
+            Command::Keep(_, Goal::Pause, _) | Command::Kill => false,
         }
     }
 
@@ -60,6 +76,8 @@ impl Command {
                 let _caller_gone = done.send(()).is_err();
                 Starts::Still
             }
+            // Its sender goes with it: there is nothing to keep yet.
+            Command::Keep(..) => Starts::Still,
             Command::Kill => Starts::Not,
         }
     }
@@ -74,67 +92,186 @@ pub(crate) struct Owner {
     pub(crate) running: Arc<Running>,
     /// Whom to ask for figures; `None` where guests have none.
     pub(crate) target: Option<Target>,
+    pub(crate) held: Held,
+    /// `None`: it is killed.
+    pub(crate) at_its_end: Option<AtItsEnd>,
+    pub(crate) state: State,
+}
+
+/// A pause at the end of a sandbox's time.
+pub(crate) struct AtItsEnd {
+    pause: Box<AutoPause>,
+    tries_left: u32,
+}
+
+impl AtItsEnd {
+    pub(crate) fn pause(pause: AutoPause) -> AtItsEnd {
+        AtItsEnd { pause: Box::new(pause), tries_left: PAUSE_TRIES }
+    }
+
+    fn order(&self) -> Box<KeepSandbox> {
+        Box::new(KeepSandbox {
+            snapshot_id: self.pause.snapshot_id.clone(),
+            filesystem_only: self.pause.filesystem_only,
+            require_healthy_guest: false,
+        })
+    }
+
+    /// What is done if this time it goes wrong.
+    fn once_more(self) -> Option<AtItsEnd> {
+        let tries_left = self.tries_left.checked_sub(1)?;
+        Some(AtItsEnd { tries_left, ..self })
+    }
+}
+
+/// How a sandbox's run ended.
+pub(crate) struct End {
+    pub(crate) reason: EndReason,
+    /// What a paused one left, and who asked for it.
+    pub(crate) paused: Option<(Arc<SnapshotMeta>, Option<KeepAnswer>)>,
 }
 
 /// What an owner hears.
 enum Heard {
     Asked(Command),
     Over(EndReason),
+    TimeIsUp,
+}
+
+/// What an owner does next.
+enum Next {
+    Wait,
+    Keep(Box<KeepSandbox>, Goal, Option<KeepAnswer>),
+    End(EndReason),
 }
 
 impl Owner {
-    /// Does what is asked of the sandbox until it ends; answers why. This wait is what a sandbox costs
-    /// while nothing happens, so nothing rare is kept in it.
-    pub(crate) async fn own(&mut self, host: &Inner) -> EndReason {
-        let sandbox_id = &self.running.info.sandbox_id;
-        let mut sampling = sampling(self.target.take(), &self.running, host);
-        let starting = State::Starting { end_at: self.inbox.end_at() };
-        let (mut state, _arm) =
-            next(starting, Event::Started).expect("a starting sandbox may start: lifecycle table");
+    /// Does what is asked of the sandbox until its run ends; answers how. This wait is what a sandbox
+    /// costs while nothing happens, so nothing rare is kept in it.
+    pub(crate) async fn own(&mut self, host: &Inner) -> End {
+        let running = Arc::clone(&self.running);
+        let sandbox_id = &running.info.sandbox_id;
+        let mut sampling = sampling(self.target.take(), &running, host);
+        self.happened(Event::Started, None);
         loop {
             let end_at = self.inbox.end_at();
             let heard = tokio::select! {
                 command = self.inbox.next() => Heard::Asked(command),
-                () = host.deps.clock.until(end_at) => Heard::Over(EndReason::Expired),
+                () = host.deps.clock.until(end_at) => Heard::TimeIsUp,
                 cause = self.machine.exited() => {
                     log_exit(sandbox_id, &cause);
                     Heard::Over(EndReason::Crashed)
                 }
-                () = closed(&mut self.control, &self.running.log) => {
-                    Heard::Over(EndReason::Crashed)
-                }
+                () = closed(&mut self.control, &running.log) => Heard::Over(EndReason::Crashed),
                 () = host.scope.cancelled() => Heard::Over(EndReason::Shutdown),
                 never = &mut sampling => match never {},
             };
-            let (event, moved) = match heard {
-                Heard::Asked(Command::SetEnd(to, done)) => (Event::SetEnd(to), Some(done)),
-                Heard::Asked(Command::Kill) => (Event::End(EndReason::Killed), None),
-                Heard::Over(reason) => (Event::End(reason), None),
-            };
-            match next(state, event) {
-                Ok((to, Effect::Arm(at))) => {
-                    state = to;
+            match self.next(heard) {
+                Next::Wait => {}
+                Next::Keep(order, goal, answer) => {
+                    if let Some(end) = Box::pin(self.keep(host, &order, goal, answer)).await {
+                        return end;
+                    }
+                }
+                Next::End(reason) => {
+                    self.happened(Event::End(reason), None);
+                    return End { reason, paused: None };
+                }
+            }
+        }
+    }
+
+    fn next(&mut self, heard: Heard) -> Next {
+        match heard {
+            Heard::Asked(Command::SetEnd(to, done)) => {
+                self.happened(Event::SetEnd(to), Some(done));
+                Next::Wait
+            }
+            Heard::Asked(Command::Keep(order, goal, done)) => {
+                self.happened(Event::Freeze(goal), None);
+                Next::Keep(order, goal, Some(done))
+            }
+            Heard::Asked(Command::Kill) => Next::End(EndReason::Killed),
+            Heard::TimeIsUp => match self.at_its_end.take() {
+                None => Next::End(EndReason::Expired),
+                Some(at_its_end) => {
+                    self.happened(Event::Freeze(Goal::Pause), None);
+                    let order = at_its_end.order();
+                    self.at_its_end = at_its_end.once_more();
+                    Next::Keep(order, Goal::Pause, None)
+                }
+            },
+            Heard::Over(reason) => Next::End(reason),
+        }
+    }
+
+    /// Moves the state, and shows what callers see of it.
+    fn happened(&mut self, event: Event, moved: Option<oneshot::Sender<()>>) -> Option<Effect> {
+        match next(self.state, event) {
+            Ok((to, effect)) => {
+                self.state = to;
+                if let Effect::Arm(at) = effect {
                     self.inbox.set_end_at(at);
                     reach(Point::OwnerEndMoved);
                     // The caller may have left; the move stands all the same.
                     let _caller_gone = moved.is_some_and(|done| done.send(()).is_err());
                 }
-                Ok((_, Effect::Teardown)) => {
-                    let Event::End(reason) = event else {
-                        unreachable!("only an end tears down: lifecycle table")
-                    };
-                    return reason;
-                }
-                Ok((to, Effect::None)) => state = to,
-                Err(denied) => warn!(%sandbox_id, ?denied, ?event, "event refused"),
+                Some(effect)
             }
+            Err(denied) => {
+                let sandbox_id = &self.running.info.sandbox_id;
+                warn!(%sandbox_id, ?denied, ?event, "event refused");
+                None
+            }
+        }
+    }
+
+    /// Keeps the sandbox; says how its run ended if that was its end.
+    async fn keep(
+        &mut self,
+        host: &Inner,
+        order: &KeepSandbox,
+        goal: Goal,
+        answer: Option<KeepAnswer>,
+    ) -> Option<End> {
+        let subject = Subject {
+            info: &self.running.info,
+            held: &self.held,
+            shelf: &host.shelf,
+            guest_deadline: host.settings.ready_deadline,
+        };
+        let mut guest = Guest { machine: &mut *self.machine, control: &mut self.control };
+        let kept = keep(&subject, &mut guest, order, goal).await;
+        self.held.leaves_layers = true;
+        let outcome = if kept.is_ok() { Event::Kept } else { Event::NotKept };
+        match (self.happened(outcome, None), kept) {
+            (Some(Effect::Teardown), Ok(meta)) => {
+                return Some(End { reason: EndReason::Paused, paused: Some((meta, answer)) });
+            }
+            (_, kept) => {
+                if let Err(e) = &kept {
+                    self.not_kept(host, e, answer.is_none());
+                }
+                let _caller_gone = answer.is_some_and(|answer| answer.send(kept).is_err());
+            }
+        }
+        None
+    }
+
+    /// Says why it was not kept. One whose time is up gets more of it.
+    fn not_kept(&mut self, host: &Inner, error: &KeepError, at_its_end: bool) {
+        let (sandbox_id, error) = (&self.running.info.sandbox_id, chain(error));
+        warn!(%sandbox_id, error, at_its_end, "sandbox was not kept, and runs on");
+        if at_its_end {
+            let end_at = host.deps.clock.now().plus(PAUSE_RETRY);
+            self.happened(Event::SetEnd(end_at), None);
         }
     }
 
     /// Gives everything back that the sandbox has. Answers with its inbox, for who waits until nothing
     /// is left. Not cancel-safe: run it shielded.
     pub(crate) async fn end(self, untold: &UntoldEnds, reason: EndReason) -> Inbox {
-        let Owner { machine, control, undo, mut inbox, running, target: _ } = self;
+        let Owner { machine, control, undo, mut inbox, running, .. } = self;
         let info = &running.info;
         reach(Point::OwnerEnding);
         inbox.close();

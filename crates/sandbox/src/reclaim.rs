@@ -1,9 +1,11 @@
 //! What an earlier server left on this host, removed before the first sandbox of this one.
 
+use std::collections::HashSet;
 use std::io;
 use std::path::Path;
 
 use belljar_daemon::clock;
+use belljar_domain::ExecutionId;
 use tracing::info;
 
 use crate::ledger::Ledger;
@@ -19,10 +21,12 @@ pub struct Reclaimed {
 }
 
 /// Removes whatever the ledger names, then whatever lies in the folders without an entry. What was
-/// in the ledger is noted for whoever asks what became of it.
+/// in the ledger is noted for whoever asks what became of it, but for runs that ended `paused`: their
+/// snapshots tell.
 pub(crate) async fn reclaim(
     ledger: &Ledger,
     untold: &UntoldEnds,
+    paused: &HashSet<ExecutionId>,
     settings: &Settings,
     deps: &Deps,
 ) -> Result<Reclaimed, OpenError> {
@@ -38,8 +42,10 @@ pub(crate) async fn reclaim(
         deps.runtime.reclaim(&entry.machine).await.map_err(|e| failed(e.to_string()))?;
         remove_if_there(&entry.run_dir).map_err(|e| failed(e.to_string()))?;
         remove_if_there(&entry.overlay).map_err(|e| failed(e.to_string()))?;
-        // Noted first: a crash between the two notes it again, which changes nothing.
-        untold.note_lost(&entry, clock::now()).map_err(|e| failed(e.to_string()))?;
+        if !paused.iter().any(|run| run.as_str() == entry.execution_id) {
+            // Noted first: a crash between the two notes it again, which changes nothing.
+            untold.note_lost(&entry, clock::now()).map_err(|e| failed(e.to_string()))?;
+        }
         ledger.remove(&entry.sandbox_id).map_err(|e| failed(e.to_string()))?;
         info!(sandbox_id = entry.sandbox_id, "reclaimed a sandbox of an earlier run");
         reclaimed.sandboxes.push(entry.sandbox_id);

@@ -1,19 +1,23 @@
 //! Every sandbox on this host, and the door to them.
 
+use std::collections::HashMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use belljar_blockstore::{LayerStore, LayeredImage};
+use belljar_blockstore::LayerStore;
 use belljar_daemon::{OnError, Scope, clock};
+use belljar_domain::lifecycle::Goal;
 use belljar_domain::{BuildId, ExecutionId, SandboxId, UnixMillis};
 use tokio::sync::{Semaphore, broadcast, oneshot};
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::admission::{Allocated, Limits, Status};
-use crate::boot::{CreateError, ReadyTemplate, ReadyTemplates};
+use crate::boot::CreateError;
+use crate::freeze::{KeepError, KeepSandbox};
 use crate::inbox::{Slit, inbox};
 use crate::info::{CreateSandbox, Ended, SandboxInfo, Starting, Untold};
 use crate::ledger::Ledger;
@@ -21,10 +25,15 @@ use crate::log::{LogEntry, LogQuery};
 use crate::metrics::{Figures, MetricsQuery, Sample, made};
 use crate::owner::Command;
 use crate::probe::Places;
+use crate::ready::{Ready, load_templates};
 use crate::reclaim::{Reclaimed, reclaim};
+use crate::record::RecordError;
 use crate::settings::{Deps, MetricsFrom, Settings};
+use crate::shelf::{DeleteSnapshotError, Shelf};
+use crate::snapshot::SnapshotMeta;
+use crate::source::Source;
 use crate::table::{Entry, Running, Table};
-use crate::template::{Template, TemplateError, load_each};
+use crate::template::Template;
 use crate::untold::UntoldEnds;
 
 /// End notices a slow listener may fall behind by, before it must list again.
@@ -42,12 +51,19 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
-    /// The folder of templates cannot be read.
-    #[error("load the templates")]
-    Templates {
+    /// The folder of templates or of snapshots cannot be read.
+    #[error("load the templates and snapshots")]
+    Records {
         /// Why.
         #[source]
-        source: TemplateError,
+        source: RecordError,
+    },
+    /// The layers of disks and memories cannot be used.
+    #[error("open the layers of disks and memories")]
+    Layers {
+        /// Why.
+        #[source]
+        source: belljar_blockstore::OpenStoreError,
     },
     /// An earlier sandbox cannot be removed.
     #[error("reclaim sandbox {sandbox_id}: {reason}")]
@@ -81,8 +97,9 @@ pub(crate) struct Inner {
     pub(crate) scope: Scope,
     pub(crate) starting: Semaphore,
     pub(crate) probes: Places,
-    pub(crate) templates: ReadyTemplates,
+    pub(crate) templates: HashMap<BuildId, Ready>,
     pub(crate) unusable: Vec<Template>,
+    pub(crate) shelf: Shelf,
     pub(crate) ended: broadcast::Sender<Ended>,
     // Held for look-ups and single changes only, never across a wait.
     pub(crate) table: Mutex<Table>,
@@ -121,18 +138,27 @@ impl Sandboxes {
         deps: Deps,
         scope: Scope,
     ) -> Result<(Sandboxes, Reclaimed), OpenError> {
-        let dirs = [&settings.run_dir, &settings.overlay_dir, &settings.templates_dir];
-        for dir in dirs {
+        let (templates_dir, snapshots_dir) = (settings.templates_dir(), settings.snapshots_dir());
+        for dir in [&settings.run_dir, &settings.overlay_dir, &templates_dir] {
             std::fs::create_dir_all(dir)
                 .map_err(|source| OpenError::Dir { path: dir.clone(), source })?;
         }
+        // What sandboxes had in memory is nobody's business.
+        let private = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&snapshots_dir);
+        private.map_err(|source| OpenError::Dir { path: snapshots_dir.clone(), source })?;
         let ledger = Ledger::open(settings.ledger_dir.clone())
             .map_err(|source| OpenError::Dir { path: settings.ledger_dir.clone(), source })?;
         let untold = UntoldEnds::open(settings.untold_dir.clone())
             .map_err(|source| OpenError::Dir { path: settings.untold_dir.clone(), source })?;
-        let reclaimed = reclaim(&ledger, &untold, &settings, &deps).await?;
+        let layers =
+            LayerStore::open(&settings.data_dir).map_err(|source| OpenError::Layers { source })?;
         let fingerprint = deps.runtime.fingerprint();
-        let (templates, unusable) = load_templates(&settings.templates_dir, &fingerprint)?;
+        let (templates, unusable) = load_templates(&templates_dir, &layers, &fingerprint)?;
+        let driver = (fingerprint, deps.runtime.tier());
+        let shelf = Shelf::open(snapshots_dir, layers, driver)
+            .map_err(|source| OpenError::Records { source })?;
+        let paused = shelf.paused_runs();
+        let reclaimed = reclaim(&ledger, &untold, &paused, &settings, &deps).await?;
         let inner = Inner {
             starting: Semaphore::new(settings.limits.starting_max),
             probes: Places::default(),
@@ -142,6 +168,7 @@ impl Sandboxes {
             scope,
             templates,
             unusable,
+            shelf,
             ended: broadcast::channel(ENDED_MAX).0,
             table: Mutex::new(Table::new(clock::now())),
             created: AtomicU64::new(0),
@@ -168,24 +195,23 @@ impl Sandboxes {
     /// # Errors
     /// [`CreateError`]; nothing of the sandbox is left then.
     pub async fn create(&self, request: CreateSandbox) -> Result<SandboxInfo, CreateError> {
-        let template = self.inner.template(&request.build_id)?;
+        let source = self.inner.source(&request.build_id)?;
         if self.inner.scope.is_cancelled() {
             return Err(CreateError::Closing);
         }
         let (commands, inbox) = inbox(request.end_at);
-        let meta = &template.template.meta;
         let entry = Entry {
             execution_id: request.execution_id.clone(),
             terms: Arc::clone(&request.terms),
             commands,
-            share: Allocated::one(meta.vcpus, meta.memory, meta.disk),
+            share: Allocated::one(source.vcpus, source.memory, source.disk),
             running: None,
         };
         let disk_free_mib = self.inner.disk_free_mib();
         let limits = &self.inner.settings.limits;
         self.inner.table().enter(&request.sandbox_id, entry, limits, disk_free_mib)?;
         let (answer, answered) = oneshot::channel();
-        let life = self.inner.clone().live(request, template, inbox, answer);
+        let life = self.inner.clone().live(request, source, inbox, answer);
         self.inner.scope.spawn_shielded("sandbox owner", OnError::Log, life);
         answered.await.unwrap_or(Err(CreateError::Closing))
     }
@@ -236,7 +262,7 @@ impl Sandboxes {
     /// Folders whose file systems sandboxes fill.
     pub fn folders(&self) -> Vec<PathBuf> {
         let settings = &self.inner.settings;
-        vec![settings.overlay_dir.clone(), settings.templates_dir.clone(), settings.run_dir.clone()]
+        vec![settings.overlay_dir.clone(), settings.data_dir.clone(), settings.run_dir.clone()]
     }
 
     /// Says whether new sandboxes are taken from now on. Those that start or run live on.
@@ -294,6 +320,61 @@ impl Sandboxes {
         Ok(())
     }
 
+    /// Freezes a sandbox, keeps it as a snapshot, and gives everything else of it back; answers once
+    /// all of that is done. It can be started again from the snapshot, under the same id.
+    ///
+    /// # Errors
+    /// [`KeepError`]; the sandbox runs on, unless it is the one that says it ended.
+    pub async fn pause(
+        &self,
+        sandbox_id: &SandboxId,
+        order: KeepSandbox,
+    ) -> Result<Arc<SnapshotMeta>, KeepError> {
+        self.keep(sandbox_id, order, Goal::Pause).await
+    }
+
+    /// Takes a snapshot of a sandbox, which goes on.
+    ///
+    /// # Errors
+    /// [`KeepError`].
+    pub async fn snapshot(
+        &self,
+        sandbox_id: &SandboxId,
+        order: KeepSandbox,
+    ) -> Result<Arc<SnapshotMeta>, KeepError> {
+        self.keep(sandbox_id, order, Goal::Copy).await
+    }
+
+    async fn keep(
+        &self,
+        sandbox_id: &SandboxId,
+        order: KeepSandbox,
+        goal: Goal,
+    ) -> Result<Arc<SnapshotMeta>, KeepError> {
+        let missing = || KeepError::NotFound { sandbox_id: sandbox_id.clone() };
+        let runs = self.inner.table().get(sandbox_id).is_some_and(|entry| entry.running.is_some());
+        let commands = self.inner.commands_of(sandbox_id).filter(|_| runs).ok_or_else(missing)?;
+        let (done, heard) = oneshot::channel();
+        commands.put(Command::Keep(Box::new(order), goal, done)).map_err(|_| missing())?;
+        heard.await.unwrap_or_else(|_| Err(missing()))
+    }
+
+    /// Snapshots of this host whose ids come after `after`, in the order of their ids.
+    pub fn snapshots(&self, after: Option<&BuildId>) -> Vec<Arc<SnapshotMeta>> {
+        self.inner.shelf.list(after)
+    }
+
+    /// Removes a snapshot, and of its disk and memory what nothing else is made of. What runs from it
+    /// goes on.
+    ///
+    /// # Errors
+    /// [`DeleteSnapshotError`].
+    pub async fn delete_snapshot(&self, snapshot_id: &BuildId) -> Result<(), DeleteSnapshotError> {
+        let (shelf, id) = (self.inner.shelf.clone(), snapshot_id.clone());
+        let deleted = tokio::task::spawn_blocking(move || shelf.delete(&id)).await;
+        deleted.unwrap_or_else(|broke| std::panic::resume_unwind(broke.into_panic()))
+    }
+
     /// What its processes said, as far as it is kept. It goes with the sandbox.
     ///
     /// # Errors
@@ -349,15 +430,18 @@ impl Inner {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn template(&self, build_id: &BuildId) -> Result<Arc<ReadyTemplate>, CreateError> {
-        if let Some(template) = self.templates.get(build_id) {
-            return Ok(template.clone());
+    fn source(&self, build_id: &BuildId) -> Result<Arc<Source>, CreateError> {
+        if let Some(ready) = self.templates.get(build_id) {
+            return Ok(ready.source.clone());
         }
-        let build_id = build_id.clone();
-        if self.unusable.iter().any(|template| template.meta.build_id == build_id) {
-            return Err(CreateError::Incompatible { build_id });
+        let incompatible = || CreateError::Incompatible { build_id: build_id.clone() };
+        if let Some(snapshot) = self.shelf.get(build_id) {
+            return self.shelf.fits(&snapshot).then_some(snapshot).ok_or_else(incompatible);
         }
-        Err(CreateError::NoTemplate { build_id })
+        if self.unusable.iter().any(|template| template.meta.build_id == *build_id) {
+            return Err(incompatible());
+        }
+        Err(CreateError::NoTemplate { build_id: build_id.clone() })
     }
 
     /// Room left where private disks are. One system call.
@@ -385,53 +469,6 @@ impl Inner {
     fn commands_of(&self, sandbox_id: &SandboxId) -> Option<Slit> {
         self.table().get(sandbox_id).map(|entry| entry.commands.clone())
     }
-}
-
-/// The templates this driver can restore, and those it cannot. A folder that is none is passed over:
-/// one that was damaged must not keep the others from being used.
-fn load_templates(
-    dir: &Path,
-    fingerprint: &str,
-) -> Result<(ReadyTemplates, Vec<Template>), OpenError> {
-    let templates = load_each(dir).map_err(|source| OpenError::Templates { source })?;
-    // Layers are named by their paths below the data folder, which holds the templates' folder.
-    let root = dir.parent().unwrap_or(dir);
-    let layers = LayerStore::open(root)
-        .map_err(|e| OpenError::Dir { path: root.to_owned(), source: e.source })?;
-    let mut ready = ReadyTemplates::new();
-    let mut unusable = Vec::new();
-    for template in templates {
-        let template = match template {
-            Ok(template) => template,
-            Err(e) => {
-                warn!(error = %chain(&e), "a template folder is no template: passed over");
-                continue;
-            }
-        };
-        if template.meta.fingerprint != fingerprint {
-            unusable.push(template);
-            continue;
-        }
-        let base = match open_disk(&layers, &template) {
-            Ok(base) => Arc::new(base),
-            Err(e) => {
-                let dir = template.dir.display();
-                warn!(%dir, error = %chain(&*e), "a template's disk cannot be opened: passed over");
-                continue;
-            }
-        };
-        let (build_id, envd_version) = (&template.meta.build_id, &template.meta.envd_version);
-        let (build_id, envd_version) = (build_id.clone(), Arc::from(envd_version.as_str()));
-        ready.insert(build_id, Arc::new(ReadyTemplate { template, base, envd_version }));
-    }
-    Ok((ready, unusable))
-}
-
-fn open_disk(
-    layers: &LayerStore,
-    template: &Template,
-) -> Result<LayeredImage, Box<dyn std::error::Error>> {
-    Ok(LayeredImage::raw(layers, &layers.name_of(&template.rootfs())?)?)
 }
 
 /// The whole chain of an error on one line, for the log.

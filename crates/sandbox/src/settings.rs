@@ -16,6 +16,9 @@ use crate::metrics::Figures;
 pub struct Settings {
     /// Told apart from other servers on this host by this, `[a-z0-9]`, at most 4 bytes.
     pub host_tag: String,
+    /// The data folder: `templates`, `snapshots` and the `layers` they are made of are in it. Private
+    /// disk files become layers, so their folder must be on its file system.
+    pub data_dir: PathBuf,
     /// Ledger entries.
     pub ledger_dir: PathBuf,
     /// Ends that nobody could be told of yet.
@@ -25,17 +28,30 @@ pub struct Settings {
     /// Private disk files.
     pub overlay_dir: PathBuf,
     /// Template folders.
-    pub templates_dir: PathBuf,
     /// First user id for machine processes, one a network slot; `None` keeps the daemon's user.
     pub machine_uid_base: Option<u32>,
     /// What sandboxes may take together.
     pub limits: Limits,
     /// Where figures on what sandboxes use come from.
     pub metrics: MetricsFrom,
+    /// How long a guest may take to boot. Emulated ones take some seconds on an idle host.
+    pub boot_deadline: Duration,
     /// How long a restored guest may take to say it is ready.
     pub ready_deadline: Duration,
     /// How long one teardown step may take.
     pub teardown_step_deadline: Duration,
+}
+
+impl Settings {
+    /// Template folders.
+    pub fn templates_dir(&self) -> PathBuf {
+        self.data_dir.join("templates")
+    }
+
+    /// Snapshot folders.
+    pub(crate) fn snapshots_dir(&self) -> PathBuf {
+        self.data_dir.join("snapshots")
+    }
 }
 
 /// Where figures on what sandboxes use come from.

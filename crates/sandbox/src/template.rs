@@ -5,6 +5,9 @@
 //! <templates>/<build id>/memory          guest memory, read-only, mapped privately by all
 //! <templates>/<build id>/state           device state, of the driver that saved it
 //! <templates>/<build id>/machine.json    what that driver needs to restore it
+//! <templates>/<build id>/kernel          what machines boot that start without their memory, and
+//! <templates>/<build id>/kernel.words    what is added to its command line, a word a line; builds
+//!                                        from before that have neither
 //! <templates>/<build id>/template.json   the record below, written last
 //! ```
 //!
@@ -12,63 +15,30 @@
 //! whole, so a folder named by a build id is always complete. The record's format is frozen: a
 //! change gets a new number and keeps reading this one.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use belljar_domain::{BuildId, MiB, TemplateId, Tier, UnixMillis, Vcpus};
 use serde::{Deserialize, Serialize};
 
+use crate::record::{
+    RecordError, check_format, entries, io_error, name_of, read_record, regular_file_bytes, sync,
+    tier, write_new,
+};
+
 /// The only format of `template.json` so far.
 const FORMAT: u32 = 1;
 const RECORD: &str = "template.json";
 const ROOTFS: &str = "rootfs.ext4";
+const KERNEL: &str = "kernel";
+const KERNEL_WORDS: &str = "kernel.words";
+/// Longest list of words read, in bytes: what a kernel takes as its command line.
+const KERNEL_WORDS_MAX_BYTES: u64 = 2048;
 const DRAFT_PREFIX: &str = ".draft-";
 /// Longest record read, in bytes; real ones have under one thousand.
 const RECORD_MAX_BYTES: u64 = 64 * 1024;
 /// Longest alias, in bytes: fits a folder name and a table.
 const ALIAS_MAX_BYTES: usize = 128;
-
-/// Why a template could not be read or written.
-#[derive(Debug, thiserror::Error)]
-pub enum TemplateError {
-    /// A file or folder could not be read or written.
-    #[error("{step} {}", path.display())]
-    Io {
-        /// The step, as a verb.
-        step: &'static str,
-        /// The file or folder.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The record is no record.
-    #[error("parse {}", path.display())]
-    Malformed {
-        /// The record.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: serde_json::Error,
-    },
-    /// The record was written by a newer program.
-    #[error("read {}: its format is {found}, this program reads {FORMAT}", path.display())]
-    Format {
-        /// The record.
-        path: PathBuf,
-        /// Its format.
-        found: u32,
-    },
-    /// The record says something that cannot be.
-    #[error("accept {}: {reason}", path.display())]
-    Invalid {
-        /// The record, or the file that does not fit it.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-}
 
 /// What a template is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -112,14 +82,14 @@ impl Template {
     /// Blocks on file I/O for a few system calls.
     ///
     /// # Errors
-    /// [`TemplateError`] when a file is missing, the record is not exactly of the known format, or
+    /// [`RecordError`] when a file is missing, the record is not exactly of the known format, or
     /// the folder's name or the disk's size is not what the record says.
-    pub fn load(dir: &Path) -> Result<Template, TemplateError> {
+    pub fn load(dir: &Path) -> Result<Template, RecordError> {
         let path = dir.join(RECORD);
-        let meta = parse(&path, &read_record(&path)?)?;
+        let meta = parse(&path, &read_record(&path, RECORD_MAX_BYTES)?)?;
         if dir.file_name().and_then(|name| name.to_str()) != Some(meta.build_id.as_str()) {
             let reason = format!("it is the record of build {}", meta.build_id);
-            return Err(TemplateError::Invalid { path, reason });
+            return Err(RecordError::Invalid { path, reason });
         }
         check_files(dir, &meta)?;
         Ok(Template { dir: dir.to_owned(), meta })
@@ -131,11 +101,37 @@ impl Template {
     }
 }
 
+/// The kernel of a template build, for machines that start without their memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Kernel {
+    pub(crate) path: PathBuf,
+    /// What is added to its command line.
+    pub(crate) words: Vec<String>,
+}
+
+impl Kernel {
+    /// Reads what lies in the folder of `build` in `templates`.
+    ///
+    /// # Errors
+    /// [`RecordError`], also for builds from before they had one.
+    pub(crate) fn load(templates: &Path, build: &BuildId) -> Result<Kernel, RecordError> {
+        let dir = templates.join(build.as_str());
+        let (path, words) = (dir.join(KERNEL), dir.join(KERNEL_WORDS));
+        regular_file_bytes(&path)?;
+        let text = read_record(&words, KERNEL_WORDS_MAX_BYTES)?;
+        let text = String::from_utf8(text).map_err(|_| RecordError::Invalid {
+            path: words,
+            reason: "it is not UTF-8".to_owned(),
+        })?;
+        Ok(Kernel { path, words: text.lines().map(str::to_owned).collect() })
+    }
+}
+
 /// Reads every template in `templates`, newest first. Drafts and other hidden entries are skipped.
 ///
 /// # Errors
-/// [`TemplateError`] of the first one that cannot be read, or of the folder itself.
-pub fn load_all(templates: &Path) -> Result<Vec<Template>, TemplateError> {
+/// [`RecordError`] of the first one that cannot be read, or of the folder itself.
+pub fn load_all(templates: &Path) -> Result<Vec<Template>, RecordError> {
     let mut found = load_each(templates)?.into_iter().collect::<Result<Vec<_>, _>>()?;
     found.sort_by(|a, b| {
         let (a, b) = (&a.meta, &b.meta);
@@ -148,8 +144,8 @@ pub fn load_all(templates: &Path) -> Result<Vec<Template>, TemplateError> {
 /// are skipped.
 ///
 /// # Errors
-/// [`TemplateError`] of the folder itself.
-pub fn load_each(templates: &Path) -> Result<Vec<Result<Template, TemplateError>>, TemplateError> {
+/// [`RecordError`] of the folder itself.
+pub fn load_each(templates: &Path) -> Result<Vec<Result<Template, RecordError>>, RecordError> {
     let shown = |dir: &PathBuf| !name_of(dir).starts_with('.');
     Ok(entries(templates)?.into_iter().filter(shown).map(|dir| Template::load(&dir)).collect())
 }
@@ -157,8 +153,8 @@ pub fn load_each(templates: &Path) -> Result<Vec<Result<Template, TemplateError>
 /// Removes the drafts a killed build left in `templates`; answers how many. No build may run.
 ///
 /// # Errors
-/// [`TemplateError`] of the first draft that cannot be removed.
-pub fn reclaim_drafts(templates: &Path) -> Result<usize, TemplateError> {
+/// [`RecordError`] of the first draft that cannot be removed.
+pub fn reclaim_drafts(templates: &Path) -> Result<usize, RecordError> {
     let mut removed = 0;
     for dir in entries(templates)? {
         if name_of(&dir).starts_with(DRAFT_PREFIX) {
@@ -181,12 +177,12 @@ impl TemplateDraft {
     /// Makes an empty draft folder in `templates`.
     ///
     /// # Errors
-    /// [`TemplateError`], also when the build is there already.
-    pub fn create(templates: &Path, build_id: &BuildId) -> Result<TemplateDraft, TemplateError> {
+    /// [`RecordError`], also when the build is there already.
+    pub fn create(templates: &Path, build_id: &BuildId) -> Result<TemplateDraft, RecordError> {
         let target = templates.join(build_id.as_str());
         if target.exists() {
             let reason = "this build is there already".to_owned();
-            return Err(TemplateError::Invalid { path: target, reason });
+            return Err(RecordError::Invalid { path: target, reason });
         }
         let dir = templates.join(format!("{DRAFT_PREFIX}{build_id}"));
         std::fs::create_dir(&dir).map_err(io_error("make", &dir))?;
@@ -203,26 +199,31 @@ impl TemplateDraft {
         self.dir.join(ROOTFS)
     }
 
+    /// Puts the kernel beside the disk, for machines that start without their memory. Blocks.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub fn put_kernel(&self, kernel: &Path, words: &[String]) -> Result<(), RecordError> {
+        let copy = self.dir.join(KERNEL);
+        std::fs::copy(kernel, &copy).map_err(io_error("copy the kernel to", &copy))?;
+        write_new(&self.dir.join(KERNEL_WORDS), words.join("\n").as_bytes())
+    }
+
     /// Writes the record, checks that the template is whole, and makes it visible. All of it is on
     /// stable storage afterwards. On an error the draft stays a draft.
     ///
     /// # Errors
-    /// [`TemplateError`].
-    pub fn publish(&self, meta: &TemplateMeta) -> Result<Template, TemplateError> {
+    /// [`RecordError`].
+    pub fn publish(&self, meta: &TemplateMeta) -> Result<Template, RecordError> {
         if meta.build_id != self.build_id {
             let reason = format!("the record is of build {}", meta.build_id);
-            return Err(TemplateError::Invalid { path: self.dir.clone(), reason });
+            return Err(RecordError::Invalid { path: self.dir.clone(), reason });
         }
         check_files(&self.dir, meta)?;
         let record = self.dir.join(RECORD);
         let text = render(meta);
         parse(&record, text.as_bytes())?;
-        OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .open(&record)
-            .and_then(|mut file| file.write_all(text.as_bytes()))
-            .map_err(io_error("write", &record))?;
+        write_new(&record, text.as_bytes())?;
         for file in entries(&self.dir)? {
             sync(&file)?;
         }
@@ -237,8 +238,8 @@ impl TemplateDraft {
     /// Removes the draft; nothing happens after [`TemplateDraft::publish`]. Idempotent.
     ///
     /// # Errors
-    /// [`TemplateError`] naming what is left.
-    pub fn discard(&self) -> Result<(), TemplateError> {
+    /// [`RecordError`] naming what is left.
+    pub fn discard(&self) -> Result<(), RecordError> {
         match std::fs::remove_dir_all(&self.dir) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &self.dir)(e)),
             _ => Ok(()),
@@ -264,12 +265,6 @@ struct Record {
     source_key: String,
 }
 
-/// What every format has, so that a newer one is named and not called malformed.
-#[derive(Deserialize)]
-struct AnyFormat {
-    format: u32,
-}
-
 fn render(meta: &TemplateMeta) -> String {
     let record = Record {
         format: FORMAT,
@@ -291,14 +286,11 @@ fn render(meta: &TemplateMeta) -> String {
     text
 }
 
-fn parse(path: &Path, bytes: &[u8]) -> Result<TemplateMeta, TemplateError> {
-    let malformed = |source| TemplateError::Malformed { path: path.to_owned(), source };
-    let any: AnyFormat = serde_json::from_slice(bytes).map_err(malformed)?;
-    if any.format != FORMAT {
-        return Err(TemplateError::Format { path: path.to_owned(), found: any.format });
-    }
+fn parse(path: &Path, bytes: &[u8]) -> Result<TemplateMeta, RecordError> {
+    let malformed = |source| RecordError::Malformed { path: path.to_owned(), source };
+    check_format(path, bytes, FORMAT)?;
     let record: Record = serde_json::from_slice(bytes).map_err(malformed)?;
-    let invalid = |reason: String| TemplateError::Invalid { path: path.to_owned(), reason };
+    let invalid = |reason: String| RecordError::Invalid { path: path.to_owned(), reason };
     for (what, number) in
         [("vcpus", record.vcpus), ("memory_mib", record.memory_mib), ("disk_mib", record.disk_mib)]
     {
@@ -325,68 +317,22 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<TemplateMeta, TemplateError> {
     })
 }
 
-fn tier(word: &str) -> Option<Tier> {
-    [Tier::Microvm, Tier::Emulated, Tier::Gvisor, Tier::Fake]
-        .into_iter()
-        .find(|tier| tier.as_str() == word)
-}
-
 fn is_alias(text: &str) -> bool {
     let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b);
     (1..=ALIAS_MAX_BYTES).contains(&text.len()) && text.bytes().all(allowed)
 }
 
-fn read_record(path: &Path) -> Result<Vec<u8>, TemplateError> {
-    let mut bytes = Vec::new();
-    File::open(path)
-        .and_then(|file| file.take(RECORD_MAX_BYTES + 1).read_to_end(&mut bytes))
-        .map_err(io_error("read", path))?;
-    if u64::try_from(bytes.len()).is_ok_and(|len| len <= RECORD_MAX_BYTES) {
-        return Ok(bytes);
-    }
-    let reason = format!("it is longer than {RECORD_MAX_BYTES} bytes");
-    Err(TemplateError::Invalid { path: path.to_owned(), reason })
-}
-
 /// Whether everything but the record is in `dir`.
-fn check_files(dir: &Path, meta: &TemplateMeta) -> Result<(), TemplateError> {
+fn check_files(dir: &Path, meta: &TemplateMeta) -> Result<(), RecordError> {
     for name in [ROOTFS, "memory", "state", "machine.json"] {
         let path = dir.join(name);
         let size_bytes = regular_file_bytes(&path)?;
         if name == ROOTFS && size_bytes != meta.disk.bytes() {
             let reason = format!("it has {size_bytes} bytes, its record says {}", meta.disk);
-            return Err(TemplateError::Invalid { path, reason });
+            return Err(RecordError::Invalid { path, reason });
         }
     }
     Ok(())
-}
-
-fn regular_file_bytes(path: &Path) -> Result<u64, TemplateError> {
-    let metadata = std::fs::symlink_metadata(path).map_err(io_error("find", path))?;
-    if metadata.is_file() {
-        return Ok(metadata.len());
-    }
-    let reason = "it is not a regular file".to_owned();
-    Err(TemplateError::Invalid { path: path.to_owned(), reason })
-}
-
-fn entries(dir: &Path) -> Result<Vec<PathBuf>, TemplateError> {
-    std::fs::read_dir(dir)
-        .and_then(|entries| entries.map(|entry| entry.map(|e| e.path())).collect())
-        .map_err(io_error("list", dir))
-}
-
-fn name_of(path: &Path) -> std::borrow::Cow<'_, str> {
-    path.file_name().map(std::ffi::OsStr::to_string_lossy).unwrap_or_default()
-}
-
-fn sync(path: &Path) -> Result<(), TemplateError> {
-    File::open(path).and_then(|file| file.sync_all()).map_err(io_error("sync", path))
-}
-
-fn io_error(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> TemplateError + use<> {
-    let path = path.to_owned();
-    move |source| TemplateError::Io { step, path, source }
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! One layer, open for reading.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -77,11 +77,14 @@ impl Layer {
         self.name.is_sealed()
     }
 
-    /// Puts its content and its name on stable storage, once.
+    /// Puts its content and its name on stable storage, once. It is read-only from then on, for
+    /// whoever is handed its descriptor: a machine of a user of its own may map it. Nobody else
+    /// can pass the store's folder.
     pub(crate) fn sync(&self) -> io::Result<()> {
         if self.synced.load(Ordering::Acquire) {
             return Ok(());
         }
+        self.file.set_permissions(Permissions::from_mode(0o444))?;
         self.file.sync_all()?;
         if let Some(folder) = self.path.parent() {
             File::open(folder)?.sync_all()?;

@@ -1,3 +1,5 @@
+use std::fs::{File, OpenOptions};
+
 use super::*;
 
 fn meta() -> TemplateMeta {
@@ -95,7 +97,7 @@ fn records_that_are_not_exact_are_refused_by_name() {
     let parse = |text: &str| parse(Path::new("r"), text.as_bytes());
     assert!(matches!(
         parse(&good.replace("\"format\": 1", "\"format\": 2, \"new\": 0")),
-        Err(TemplateError::Format { found: 2, .. })
+        Err(RecordError::Format { found: 2, .. })
     ));
     for (from, to) in [
         ("\"vcpus\": 1", "\"vcpus\": 1, \"extra\": 1"),
@@ -104,7 +106,7 @@ fn records_that_are_not_exact_are_refused_by_name() {
         ("\"format\"", "\"fmt\""),
     ] {
         let text = good.replace(from, to);
-        assert!(matches!(parse(&text), Err(TemplateError::Malformed { .. })), "{text}");
+        assert!(matches!(parse(&text), Err(RecordError::Malformed { .. })), "{text}");
     }
     for (from, to) in [
         ("\"vcpus\": 1", "\"vcpus\": 0"),
@@ -115,7 +117,7 @@ fn records_that_are_not_exact_are_refused_by_name() {
         ("\"template_id\": \"", "\"template_id\": \"/"),
     ] {
         let text = good.replace(from, to);
-        assert!(matches!(parse(&text), Err(TemplateError::Invalid { .. })), "{text}");
+        assert!(matches!(parse(&text), Err(RecordError::Invalid { .. })), "{text}");
     }
 }
 
@@ -125,7 +127,7 @@ fn a_folder_with_another_name_or_disk_is_refused() {
     let template = publish(dir.path(), &meta());
     let other = dir.path().join(BuildId::random().as_str());
     std::fs::rename(&template.dir, &other).expect("rename");
-    assert!(matches!(Template::load(&other), Err(TemplateError::Invalid { .. })));
+    assert!(matches!(Template::load(&other), Err(RecordError::Invalid { .. })));
     std::fs::rename(&other, &template.dir).expect("rename");
     let rootfs = OpenOptions::new().write(true).open(template.rootfs()).expect("open");
     rootfs.set_len(1 << 19).expect("shrink");

@@ -55,6 +55,7 @@ impl Rig {
         std::fs::write(&kernel, "kernel").expect("write");
         let draft = TemplateDraft::create(&templates, &self.build_id).expect("draft");
         std::fs::write(draft.rootfs(), vec![7; 1 << 20]).expect("write");
+        draft.put_kernel(&kernel, &[]).expect("put the kernel");
         let spec = MachineSpec {
             name: "template".to_owned(),
             vcpus: Vcpus(2),
@@ -106,7 +107,8 @@ impl Rig {
             untold_dir: folder("untold"),
             run_dir: folder("run"),
             overlay_dir: folder("overlays"),
-            templates_dir: folder("templates"),
+            data_dir: self.dir.path().to_owned(),
+            boot_deadline: self.ready_deadline,
             machine_uid_base: None,
             limits,
             metrics: MetricsFrom::Made(Figures::default()),
@@ -125,6 +127,8 @@ impl Rig {
             template_id: self.template_id.clone(),
             build_id: self.build_id.clone(),
             end_at,
+            auto_pause: None,
+            cold_boot: false,
             envd_access_token: None,
             env_vars: std::collections::BTreeMap::new(),
             allow_internet_access: true,

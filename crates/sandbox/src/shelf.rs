@@ -1,0 +1,207 @@
+//! The snapshots of this host, and the layers they are made of.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use belljar_blockstore::{LayerName, LayerStore, LayeredImage};
+use belljar_domain::{BuildId, ExecutionId, Tier};
+use tracing::{info, warn};
+
+use crate::record::RecordError;
+use crate::registry::chain;
+use crate::snapshot::{self, SnapshotDraft, SnapshotFiles, SnapshotMeta};
+use crate::source::Source;
+
+/// No such snapshot is here.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("find snapshot {snapshot_id} on this node")]
+pub struct SnapshotNotFound {
+    /// Which.
+    pub snapshot_id: BuildId,
+}
+
+/// Why a snapshot is still here.
+#[derive(Debug, thiserror::Error)]
+pub enum DeleteSnapshotError {
+    /// It is not here.
+    #[error(transparent)]
+    NotFound(#[from] SnapshotNotFound),
+    /// Its folder cannot be removed. It is no snapshot any more; what is left goes at the next start.
+    #[error("delete snapshot {snapshot_id}")]
+    Folder {
+        /// Which.
+        snapshot_id: BuildId,
+        /// Why.
+        #[source]
+        source: RecordError,
+    },
+}
+
+/// The snapshots of this host. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Shelf {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    dir: PathBuf,
+    layers: LayerStore,
+    /// What the driver can restore.
+    fingerprint: String,
+    tier: Tier,
+    // Held for look-ups and single changes only.
+    known: Mutex<BTreeMap<BuildId, Arc<Source>>>,
+    /// Held while layers are swept: one at a time is enough.
+    sweeping: Mutex<()>,
+    /// Whether there is a snapshot whose layers are not known, so that none may go.
+    blind: bool,
+}
+
+impl Shelf {
+    /// Loads the snapshots in `dir`, removes what a killed server left half made, and every layer
+    /// that nothing is made of. Blocks on file I/O.
+    ///
+    /// # Errors
+    /// [`RecordError`] of the folder itself.
+    pub(crate) fn open(
+        dir: PathBuf,
+        layers: LayerStore,
+        (fingerprint, tier): (String, Tier),
+    ) -> Result<Shelf, RecordError> {
+        snapshot::reclaim(&dir)?;
+        let (mut known, mut blind) = (BTreeMap::new(), false);
+        for folder in snapshot::folders(&dir)? {
+            let source = snapshot::load(&folder)
+                .map_err(|e| chain(&e))
+                .and_then(|meta| open_source(&folder, meta, &layers).map_err(|e| chain(&e)));
+            match source {
+                Ok(source) => drop(known.insert(source.build_id.clone(), Arc::new(source))),
+                Err(error) => {
+                    // A damaged one must not keep the others from being used, nor be made worse.
+                    let folder = folder.display();
+                    warn!(%folder, error, "a snapshot cannot be read: passed over, and no layer is removed");
+                    blind = true;
+                }
+            }
+        }
+        let inner = Inner {
+            dir,
+            layers,
+            fingerprint,
+            tier,
+            known: Mutex::new(known),
+            sweeping: Mutex::new(()),
+            blind,
+        };
+        let shelf = Shelf { inner: Arc::new(inner) };
+        shelf.sweep();
+        Ok(shelf)
+    }
+
+    pub(crate) fn layers(&self) -> &LayerStore {
+        &self.inner.layers
+    }
+
+    pub(crate) fn tier(&self) -> Tier {
+        self.inner.tier
+    }
+
+    pub(crate) fn fingerprint(&self) -> &str {
+        &self.inner.fingerprint
+    }
+
+    /// Begins a snapshot.
+    ///
+    /// # Errors
+    /// [`RecordError`], also when there is one of this id.
+    pub(crate) fn draft(&self, id: &BuildId) -> Result<SnapshotDraft, RecordError> {
+        SnapshotDraft::create(&self.inner.dir, id)
+    }
+
+    pub(crate) fn put(
+        &self,
+        meta: &Arc<SnapshotMeta>,
+        files: &SnapshotFiles,
+        images: (Arc<LayeredImage>, Option<Arc<LayeredImage>>),
+    ) {
+        let source = Source::of_snapshot(meta.clone(), files, images);
+        self.known().insert(meta.snapshot_id.clone(), Arc::new(source));
+    }
+
+    pub(crate) fn get(&self, id: &BuildId) -> Option<Arc<Source>> {
+        self.known().get(id).cloned()
+    }
+
+    /// Whether this host's driver can start from it.
+    pub(crate) fn fits(&self, source: &Source) -> bool {
+        let meta = source.snapshot.as_ref();
+        source.saved.is_none() || meta.is_none_or(|meta| meta.fingerprint == self.inner.fingerprint)
+    }
+
+    /// Snapshots whose ids come after `after`, in the order of their ids.
+    pub(crate) fn list(&self, after: Option<&BuildId>) -> Vec<Arc<SnapshotMeta>> {
+        let known = self.known();
+        let later = known.iter().filter(|(id, _)| after.is_none_or(|after| *id > after));
+        later.filter_map(|(_, source)| source.snapshot.clone()).collect()
+    }
+
+    /// Runs that ended with their sandbox paused.
+    pub(crate) fn paused_runs(&self) -> HashSet<ExecutionId> {
+        let known = self.known();
+        let metas = known.values().filter_map(|source| source.snapshot.as_ref());
+        metas.filter(|meta| meta.paused).map(|meta| meta.execution_id.clone()).collect()
+    }
+
+    /// Removes a snapshot, and what only it was made of. Blocks on file I/O.
+    ///
+    /// # Errors
+    /// [`DeleteSnapshotError`].
+    pub(crate) fn delete(&self, id: &BuildId) -> Result<(), DeleteSnapshotError> {
+        let taken = self.known().remove(id);
+        if taken.is_none() {
+            return Err(SnapshotNotFound { snapshot_id: id.clone() }.into());
+        }
+        drop(taken);
+        let removed = snapshot::remove(&self.inner.dir.join(id.as_str()));
+        self.sweep();
+        info!(snapshot_id = %id, "snapshot deleted");
+        removed.map_err(|source| DeleteSnapshotError::Folder { snapshot_id: id.clone(), source })
+    }
+
+    /// Removes layers that no snapshot is made of and nothing that runs has open. Blocks on file I/O.
+    pub(crate) fn sweep(&self) {
+        if self.inner.blind {
+            return;
+        }
+        // The lock guards no memory: a panic in another sweep left nothing half done here.
+        let _turn = self.inner.sweeping.lock().unwrap_or_else(PoisonError::into_inner);
+        let reachable: HashSet<LayerName> = self
+            .known()
+            .values()
+            .flat_map(|source| source.layers().cloned().collect::<Vec<_>>())
+            .collect();
+        if let Err(e) = self.inner.layers.sweep(&reachable) {
+            warn!(error = %chain(&e), "layers nobody uses stay until the next sweep");
+        }
+    }
+
+    fn known(&self) -> MutexGuard<'_, BTreeMap<BuildId, Arc<Source>>> {
+        // A panic while it was held left at most one snapshot out: the map itself is whole.
+        self.inner.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn open_source(
+    folder: &Path,
+    meta: SnapshotMeta,
+    layers: &LayerStore,
+) -> Result<Source, belljar_blockstore::LoadError> {
+    let files = SnapshotFiles::within(folder);
+    // It may have been cut short with the machine, and is made again when it is wanted.
+    drop(std::fs::remove_file(&files.memory));
+    let open = |map: &Path| Ok(Arc::new(LayeredImage::load(map, layers)?));
+    let root_disk = open(&files.disk_map)?;
+    let memory = (!meta.filesystem_only).then(|| open(&files.memory_map)).transpose()?;
+    Ok(Source::of_snapshot(Arc::new(meta), &files, (root_disk, memory)))
+}

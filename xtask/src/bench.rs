@@ -33,6 +33,13 @@ pub(crate) fn control(places: &Places, program: Option<PathBuf>, live: u32) -> R
     control::run(places, program, live)
 }
 
+/// Times the disk server against `qemu-nbd`. `false` if a target was missed.
+pub(crate) fn nbd(places: &Places) -> Result<bool> {
+    let mut bench = places.cargo();
+    bench.args(["bench", "--package", "belljar-blockstore", "--bench", "against_qemu_nbd"]);
+    Ok(command::run_streamed(bench, LIMIT, |line| println!("{line}"))?.success())
+}
+
 /// `false` if a target was missed or the benchmark did not run.
 pub(crate) fn run(places: &Places, build: BuildKind) -> Result<bool> {
     let goal = Goal { build, data: places.test_data() };

@@ -84,6 +84,8 @@ enum BenchOnly {
         #[arg(long, default_value_t = 10_000)]
         live: u32,
     },
+    /// Time the disk server against `qemu-nbd` on the same file with the same clients, without root.
+    Nbd,
 }
 
 fn main() -> ExitCode {
@@ -117,6 +119,7 @@ fn run(verb: Verb) -> Result<bool> {
         Verb::Bench { only: Some(BenchOnly::Control { program, live }), .. } => {
             bench::control(&places, program, live)
         }
+        Verb::Bench { only: Some(BenchOnly::Nbd), .. } => bench::nbd(&places),
         Verb::Bench { dev, only: None } => bench::run(&places, BuildKind::from_release(!dev)),
         Verb::Check => check::run(&places),
         Verb::Tidy => Ok(tidy::run(&places)?.is_clean()),

@@ -279,7 +279,9 @@ async fn snapshots_are_measured() {
             for (place, what) in ["snapshot", "restored", "ready"].into_iter().enumerate() {
                 let mut column: Vec<Duration> = times.iter().map(|row| row[place]).collect();
                 column.sort();
-                line.push_str(&format!("; {what} {:.1?}", column[column.len() / 2]));
+                let [least, middle, most] =
+                    [0, column.len() / 2, column.len() - 1].map(|place| column[place]);
+                line.push_str(&format!("; {what} {middle:.1?} [{least:.1?} to {most:.1?}]"));
             }
             println!("{line}");
         }

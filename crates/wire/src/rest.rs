@@ -11,6 +11,7 @@ mod log;
 mod metrics;
 mod node;
 mod sandbox;
+mod snapshot;
 mod template;
 
 use serde::{Deserialize, Serialize};
@@ -32,8 +33,11 @@ pub use metrics::{MaxTeamMetric, SandboxMetric, SandboxesWithMetrics, TeamMetric
 pub use node::{DiskMetrics, MachineInfo, Node, NodeMetrics, NodeStatus, UpdateNodeStatus};
 pub use sandbox::{
     AutoResume, ConnectSandbox, ConnectSandboxV2, EgressProxy, EgressProxyTls, HeaderTransform,
-    Iam, IamToken, Lifecycle, ListedSandbox, NetworkRule, NewSandbox, RefreshSandbox, Sandbox,
-    SandboxDetail, SandboxNetwork, SandboxState, SetTimeout, VolumeMount,
+    Iam, IamToken, Lifecycle, ListedSandbox, NetworkRule, NewSandbox, PauseMode, RefreshSandbox,
+    Sandbox, SandboxDetail, SandboxNetwork, SandboxState, SetTimeout, VolumeMount,
+};
+pub use snapshot::{
+    ForkResult, ForkSandbox, NewSnapshot, PauseSandbox, ResumeSandbox, SnapshotInfo,
 };
 pub use template::{
     BuildStatus, TeamUser, Template, TemplateAlias, TemplateBuild, TemplateWithBuilds,

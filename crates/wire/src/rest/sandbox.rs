@@ -259,6 +259,17 @@ pub enum SandboxState {
     Paused,
 }
 
+/// What a paused sandbox has kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum PauseMode {
+    /// Memory and disk: it goes on where it was.
+    Full,
+    /// Its disk: it boots when it is resumed.
+    Filesystem,
+}
+
 /// What happens at the end of a sandbox's time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -293,6 +304,9 @@ pub struct SandboxDetail {
     /// What happens at the end of its time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lifecycle: Option<Lifecycle>,
+    /// What a paused sandbox has kept; absent while it runs, and while its pause is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_mode: Option<PauseMode>,
 }
 
 /// One sandbox in a list.
@@ -334,4 +348,7 @@ pub struct ListedSandbox {
     /// Volumes it mounts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub volume_mounts: Option<Vec<VolumeMount>>,
+    /// Of a paused sandbox: its guest did not answer when it was paused, so that it can only boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub envd_unresponsive_at_pause: Option<bool>,
 }

@@ -1,10 +1,11 @@
-//! Joins control's route announcements to the proxy's table: two services that may not know each other.
+//! Joins control's route announcements to the proxy's table, and the proxy's paused sandboxes to
+//! control: two services that may not know each other.
 
 use std::sync::Arc;
 
-use belljar_control::{Route, RouteSink};
+use belljar_control::{Route, RouteSink, WakeCaller};
 use belljar_domain::SandboxId;
-use belljar_proxy::{MemoryCatalog, Target};
+use belljar_proxy::{Asleep, MemoryCatalog, Target, Visitor, Wake, Waking};
 
 /// Hands what control announces to the proxy's in-memory catalog.
 pub(crate) struct Announcer(pub(crate) Arc<MemoryCatalog>);
@@ -21,5 +22,24 @@ impl RouteSink for Announcer {
 
     fn withdraw(&self, id: &SandboxId) {
         self.0.withdraw(id);
+    }
+}
+
+/// Asks control to resume what traffic comes for.
+pub(crate) struct Waker(pub(crate) WakeCaller);
+
+impl Wake for Waker {
+    fn wake<'a>(&'a self, id: &'a SandboxId, visitor: Visitor) -> Waking<'a> {
+        use belljar_control::Asleep as Why;
+        Box::pin(async move {
+            let outcome = self.0.wake(id, visitor.for_daemon, visitor.access_token).await;
+            outcome.map_err(|why| match why {
+                Why::NotFound => Asleep::NotFound,
+                Why::NotPermitted => Asleep::NotPermitted,
+                Why::Changing => Asleep::Changing,
+                Why::AtLimit { limit } => Asleep::AtLimit { limit },
+                Why::Unavailable => Asleep::Unavailable,
+            })
+        })
     }
 }

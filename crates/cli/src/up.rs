@@ -10,14 +10,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use belljar_control::{ApiKey, Database, Store, WebhookConfig};
+use belljar_control::{ApiKey, Database, Store, WakeDoor, WebhookConfig};
 use belljar_daemon::{OnError, Scope};
 use belljar_proxy::MemoryCatalog;
 use serde::Serialize;
 use tokio::net::TcpListener;
 
 use crate::args::Up;
-use crate::catalog::Announcer;
+use crate::catalog::{Announcer, Waker};
 use crate::host::{Host, SANDBOXES_GRACE, remove_run_dirs};
 use crate::lock;
 use crate::operator::token_file::{self, AdminEnv};
@@ -128,8 +128,9 @@ async fn serve(
     let catalog = Arc::new(MemoryCatalog::new());
     let api_url = format!("http://{}", shown(api.local_addr()?));
     let sandbox_url = format!("http://{}", shown(proxy.local_addr()?));
-    start_proxy(catalog.clone(), proxy, &services);
-    let api_key = start_control(parts, catalog, api, &services).await?;
+    let (caller, door) = belljar_control::wake_door();
+    start_proxy(catalog.clone(), Waker(caller), proxy, &services);
+    let api_key = start_control(parts, (catalog, door), api, &services).await?;
     let tier = parts.tier().to_owned();
     let server = Server { pid: std::process::id(), api_url, sandbox_url, tier };
     server.write(parts.local)?;
@@ -176,9 +177,9 @@ fn shown(address: SocketAddr) -> String {
     format!("{host}:{}", address.port())
 }
 
-fn start_proxy(catalog: Arc<MemoryCatalog>, listener: TcpListener, scope: &Scope) {
+fn start_proxy(catalog: Arc<MemoryCatalog>, waker: Waker, listener: TcpListener, scope: &Scope) {
     let inner = scope.clone();
-    let deps = belljar_proxy::Deps { routes: catalog };
+    let deps = belljar_proxy::Deps { routes: catalog, wake: Some(Arc::new(waker)) };
     scope.spawn_shielded("proxy", OnError::FailScope, async move {
         belljar_proxy::serve(belljar_proxy::Config::default(), deps, listener, inner).await
     });
@@ -187,7 +188,7 @@ fn start_proxy(catalog: Arc<MemoryCatalog>, listener: TcpListener, scope: &Scope
 /// Starts control; answers the API key to use.
 async fn start_control(
     parts: &Parts<'_>,
-    catalog: Arc<MemoryCatalog>,
+    (catalog, door): (Arc<MemoryCatalog>, WakeDoor),
     listener: TcpListener,
     scope: &Scope,
 ) -> Result<String> {
@@ -209,6 +210,7 @@ async fn start_control(
     let deps = belljar_control::Deps {
         node_sockets: parts.node_sockets(),
         routes: Arc::new(Announcer(catalog)),
+        wake: Some(door),
         admin_token: Some(token_file::for_server(local, parts.admin)?),
         store: store.clone(),
     };

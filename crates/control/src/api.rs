@@ -18,12 +18,14 @@ mod names;
 mod nodes;
 mod page;
 mod path;
+mod pauses;
 mod prometheus;
 mod query;
 mod range;
 mod rates;
 mod sandboxes;
 mod shapes;
+mod snapshots;
 mod templates;
 mod usage;
 mod webhooks;
@@ -74,8 +76,13 @@ fn of_teams(app: &Arc<App>) -> Routes {
         .routes(routes!(list::list_v1, sandboxes::create_v1))
         .routes(routes!(list::list_v2, sandboxes::create_v2))
         .routes(routes!(sandboxes::detail, sandboxes::kill))
-        .routes(routes!(sandboxes::connect_v1))
-        .routes(routes!(sandboxes::connect_v2))
+        .routes(routes!(pauses::pause))
+        .routes(routes!(pauses::resume))
+        .routes(routes!(pauses::connect_v1))
+        .routes(routes!(pauses::connect_v2))
+        .routes(routes!(snapshots::take))
+        .routes(routes!(snapshots::list))
+        .routes(routes!(snapshots::fork))
         .routes(routes!(sandboxes::set_timeout))
         .routes(routes!(sandboxes::refresh))
         .routes(routes!(metrics::of_many))
@@ -92,7 +99,7 @@ fn of_teams(app: &Arc<App>) -> Routes {
         .routes(routes!(webhooks::retry))
         .routes(routes!(templates::list_v1))
         .routes(routes!(templates::list_v2))
-        .routes(routes!(templates::detail))
+        .routes(routes!(templates::detail, snapshots::remove))
         .routes(routes!(templates::alias));
     later::mount(document::guarded(routes, Access::Team))
         .route_layer(from_fn_with_state(Arc::clone(app), rates::per_team))

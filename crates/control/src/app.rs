@@ -15,6 +15,7 @@ use crate::nodes::{Member, Nodes};
 use crate::oidc::Verifier;
 use crate::rates::Limits;
 use crate::route::{Route, RouteSink};
+use crate::snapshots::Snapshots;
 use crate::store::Store;
 use crate::templates::Templates;
 use crate::token::TokenSeed;
@@ -35,6 +36,8 @@ pub(crate) struct App {
     /// Creates nobody knows the outcome of.
     pub(crate) unsettled: Unsettled,
     pub(crate) templates: Templates,
+    /// Where snapshots are.
+    pub(crate) snapshots: Snapshots,
     pub(crate) writer: Writer,
     /// Where state changes run, so that a caller who leaves cannot stop one half way.
     pub(crate) scope: Scope,

@@ -10,6 +10,7 @@ use crate::oidc::OidcIssuer;
 use crate::rates::Rates;
 use crate::route::RouteSink;
 use crate::store::Store;
+use crate::wake::WakeDoor;
 
 /// Settings. The defaults are those of `belljar up`.
 #[derive(Debug, Clone)]
@@ -106,6 +107,8 @@ pub struct Deps {
     pub routes: Arc<dyn RouteSink>,
     /// What the operator shows in `X-Admin-Token`; `None` lets nobody in by that way.
     pub admin_token: Option<AdminToken>,
+    /// Where traffic asks for paused sandboxes; `None` resumes none by traffic.
+    pub wake: Option<WakeDoor>,
     /// The store. The caller closes it after [`crate::serve`] has returned.
     pub store: Store,
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use belljar_daemon::clock;
 use belljar_daemon::fault::{Point, reach};
-use belljar_domain::{ExecutionId, Kind, SandboxId};
+use belljar_domain::{BuildId, ExecutionId, Kind, SandboxId, TemplateId};
 use tokio::time::Instant;
 use tracing::debug;
 
@@ -22,10 +22,10 @@ use crate::creation_rate::TooFast;
 use crate::idempotency::{Begin, Key, KeyTaken, Ticket};
 use crate::lifecycle::shielded;
 use crate::limits::TooBig;
-use crate::live::{AtLimit, EndedEarly, Observed, Sandbox, Slot, Terms};
-use crate::node::{NodeCallError, Start};
+use crate::live::{AtLimit, EndedEarly, EnvVars, Lifecycle, Observed, OnEnd, Sandbox, Slot, Terms};
+use crate::node::{AutoPause, NodeCallError, Start};
 use crate::nodes::{Contact, Member};
-use crate::store::StoreError;
+use crate::store::{DEFAULT_TAG, SnapshotKey, SnapshotRecord, StoreError};
 use crate::team::Team;
 use crate::templates::{Placed, Reference, ResolveError, Template};
 use crate::terms;
@@ -42,10 +42,11 @@ pub(crate) struct CreateSpec {
     pub(crate) template: Reference,
     pub(crate) lifetime: Duration,
     pub(crate) metadata: BTreeMap<String, String>,
-    pub(crate) env_vars: BTreeMap<String, String>,
+    pub(crate) env_vars: EnvVars,
     /// Whether its guest daemon asks for a token.
     pub(crate) secure: bool,
     pub(crate) allow_internet: bool,
+    pub(crate) lifecycle: Lifecycle,
     /// Under which the same create may be asked for again.
     pub(crate) key: Option<Key>,
 }
@@ -155,18 +156,37 @@ async fn create_here(
     ticket: Option<Ticket>,
 ) -> Result<Arc<Sandbox>, CreateError> {
     let placed = resolve(app, &spec.template, team).await?;
-    let (limits, template) = (&team.limits, &placed.template);
+    let slot = reserve(app, team, &placed.template).await?;
+    let (now, limits) = (Instant::now().into_std(), &team.limits);
+    app.access.creation_rate.take(&team.id, limits.creates_per_second, now)?;
+    start(app, team, spec, (placed, slot), ticket).await
+}
+
+/// Takes a place under the team's limits for a sandbox of `template`.
+pub(crate) async fn reserve(
+    app: &App,
+    team: &Team,
+    template: &Template,
+) -> Result<Slot, CreateError> {
+    let limits = &team.limits;
     limits.allow_size(template.vcpus, template.memory, template.disk)?;
-    let limit = limits.max_concurrent_sandboxes;
-    let mut slot = app.live.reserve(&team.id, limit, clock::now())?;
+    let slot = app.live.reserve(&team.id, limits.max_concurrent_sandboxes, clock::now())?;
     // The team was let in before the body came, which may be long ago. Whoever closes it looks for
     // reserved places after that.
     match app.access.team(&team.id).await? {
-        Some(now) if now.blocked.is_none() || team.blocked.is_some() => {}
-        _ => return Err(CreateError::TeamClosed),
+        Some(now) if now.blocked.is_none() || team.blocked.is_some() => Ok(slot),
+        _ => Err(CreateError::TeamClosed),
     }
-    let now = Instant::now().into_std();
-    app.access.creation_rate.take(&team.id, limits.creates_per_second, now)?;
+}
+
+/// Starts a sandbox in a reserved place.
+pub(crate) async fn start(
+    app: &App,
+    team: &Team,
+    spec: &CreateSpec,
+    (placed, mut slot): (Placed, Slot),
+    ticket: Option<Ticket>,
+) -> Result<Arc<Sandbox>, CreateError> {
     reach(Point::CreateReserved);
     let sandbox = match place(app, team, spec, &placed, &mut slot).await {
         Ok(sandbox) => sandbox,
@@ -211,6 +231,8 @@ async fn place(
         metadata: spec.metadata.clone().into(),
         secure: spec.secure,
         allow_internet: spec.allow_internet,
+        lifecycle: spec.lifecycle,
+        env_vars: Arc::clone(&spec.env_vars),
     };
     let mut refused = Vec::new();
     let mut failed = NotPlaced { error: CreateError::NoNode, astray: None };
@@ -295,9 +317,11 @@ async fn attempt(
         build: &template.build,
         end_at: clock::now().plus(spec.lifetime),
         envd_access_token: token.as_ref(),
-        env_vars: &spec.env_vars,
+        env_vars: spec.env_vars.expose(),
         allow_internet: spec.allow_internet,
         terms: terms::write(terms, spec.key.as_ref()),
+        auto_pause: auto_pause(spec.lifecycle),
+        cold_boot: template.cold_boot,
     };
     let observed = match node.rpc.create(start, time).await {
         Ok(observed) => observed,
@@ -316,11 +340,26 @@ async fn attempt(
     Ok(Sandbox::new(node.ix, observed, terms.clone()))
 }
 
-/// Finds a template; asks the nodes again when it is not known here yet.
+/// The pause a run is to end with, under an id of its own.
+pub(crate) fn auto_pause(lifecycle: Lifecycle) -> Option<AutoPause> {
+    match lifecycle.on_end {
+        OnEnd::Kill => None,
+        OnEnd::Pause { filesystem_only } => {
+            Some(AutoPause { snapshot: BuildId::random(), filesystem_only })
+        }
+    }
+}
+
+/// Finds a template or a snapshot; asks the nodes again when it is not known here yet.
 async fn resolve(app: &App, reference: &Reference, team: &Team) -> Result<Placed, CreateError> {
     match app.templates.resolve(reference, team) {
         Err(ResolveError::Unknown { .. }) => {}
         known => return Ok(known?),
+    }
+    if let Some(record) = find_snapshot(app, reference, team).await? {
+        let node = app.snapshots.node_of(&record.kept.id);
+        let template = Template::of_snapshot(&record);
+        return Ok(Placed { template, nodes: node.into_iter().collect() });
     }
     let in_touch = app.nodes.iter().filter(|node| node.contact() == Contact::InTouch);
     let ask = in_touch.map(|node| async move {
@@ -332,4 +371,24 @@ async fn resolve(app: &App, reference: &Reference, team: &Team) -> Result<Placed
     });
     futures::future::join_all(ask).await;
     Ok(app.templates.resolve(reference, team)?)
+}
+
+/// The snapshot of `team` that `reference` means, by its name or else its id.
+pub(crate) async fn find_snapshot(
+    app: &App,
+    reference: &Reference,
+    team: &Team,
+) -> Result<Option<SnapshotRecord>, StoreError> {
+    if reference.namespace().is_some_and(|namespace| namespace != team.slug) {
+        return Ok(None);
+    }
+    let (name, tag) = (reference.name(), reference.tag().unwrap_or(DEFAULT_TAG));
+    let named = app.store.snapshot(&team.id, SnapshotKey::Name { name, tag }).await?;
+    if named.is_some() || name.parse::<TemplateId>().is_err() {
+        return Ok(named);
+    }
+    let found = app.store.snapshot(&team.id, SnapshotKey::Template(name)).await?;
+    // An id has the one tag it is given out with.
+    let has_tag = reference.tag().is_none_or(|tag| tag == DEFAULT_TAG);
+    Ok(found.filter(|_| has_tag))
 }

@@ -81,16 +81,34 @@ impl Event {
     /// A run ended. `reason` is a word of the node protocol, or `lost`.
     pub(crate) fn killed(run: Run, at: UnixMillis, reason: &str) -> Event {
         let data = rest::EventData {
-            execution: Some(rest::EventExecution {
-                started_at: time(run.started_at),
-                vcpu_count: run.vcpus.0,
-                memory_mb: run.memory.0,
-                execution_time: u64::try_from(at.since(run.started_at).as_millis())
-                    .unwrap_or(u64::MAX),
-            }),
+            execution: Some(execution(&run, at)),
             reason: Some(kill_reason(reason)),
             ..Default::default()
         };
+        Event::new(run, EventType::Killed, at, "", data)
+    }
+
+    /// A run ended, and its sandbox is paused.
+    pub(crate) fn paused(run: Run, at: UnixMillis) -> Event {
+        let data = rest::EventData { execution: Some(execution(&run, at)), ..Default::default() };
+        Event::new(run, EventType::Paused, at, "", data)
+    }
+
+    /// A run of a sandbox began that was paused.
+    pub(crate) fn resumed(run: Run) -> Event {
+        let at = run.started_at;
+        Event::new(run, EventType::Resumed, at, "", rest::EventData::default())
+    }
+
+    /// `snapshot` was taken of a run, which goes on.
+    pub(crate) fn checkpointed(run: Run, at: UnixMillis, snapshot: &BuildId) -> Event {
+        let data = rest::EventData::default();
+        Event::new(run, EventType::Checkpointed, at, snapshot.as_str(), data)
+    }
+
+    /// A paused sandbox is gone for good. Its last run is over for longer, and was told of.
+    pub(crate) fn discarded(run: Run, at: UnixMillis, reason: &str) -> Event {
+        let data = rest::EventData { reason: Some(kill_reason(reason)), ..Default::default() };
         Event::new(run, EventType::Killed, at, "", data)
     }
 
@@ -130,6 +148,16 @@ impl Event {
             sandbox_build_id: self.build.to_string(),
             sandbox_team_id: self.team.to_string(),
         }
+    }
+}
+
+/// A run that is over at `at`.
+fn execution(run: &Run, at: UnixMillis) -> rest::EventExecution {
+    rest::EventExecution {
+        started_at: time(run.started_at),
+        vcpu_count: run.vcpus.0,
+        memory_mb: run.memory.0,
+        execution_time: u64::try_from(at.since(run.started_at).as_millis()).unwrap_or(u64::MAX),
     }
 }
 

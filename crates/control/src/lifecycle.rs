@@ -1,5 +1,5 @@
 //! Killing and extending sandboxes: the changes behind the REST API. Creating one is in
-//! [`crate::creation`].
+//! [`crate::creation`], pausing in [`crate::pause`] and resuming in [`crate::resume`].
 //!
 //! Each runs on a shielded task: a caller who leaves cannot stop one half way.
 //!
@@ -14,13 +14,15 @@ use std::time::Duration;
 
 use belljar_daemon::fault::{Point, reach};
 use belljar_daemon::{OnError, Scope, clock};
-use belljar_domain::{ExecutionId, Kind, SandboxId};
-use tokio::sync::{Semaphore, oneshot};
+use belljar_domain::{ExecutionId, Kind, SandboxId, UnixMillis};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::Instant;
+use tracing::info;
 
 use crate::app::App;
-use crate::live::{Ending, Sandbox};
+use crate::live::{Ended, Ending, Sandbox};
 use crate::node::NodeCallError;
+use crate::pause;
 use crate::team::Team;
 use crate::writer::Change;
 
@@ -38,8 +40,10 @@ pub(crate) enum EndError {
     NotFound,
     #[error("change the sandbox: other changes of it take too long")]
     Busy,
-    #[error("end the sandbox: it is still starting")]
-    StillStarting,
+    #[error("end the sandbox: it is still starting, or being paused or resumed")]
+    StillChanging,
+    #[error("end the sandbox: the node that keeps its snapshot is away")]
+    NodeAway,
     #[error("change the sandbox")]
     Node(#[from] NodeCallError),
     #[error("change the sandbox: its task broke")]
@@ -50,7 +54,7 @@ impl EndError {
     pub(crate) fn kind(&self) -> Kind {
         match self {
             EndError::NotFound => Kind::NotFound,
-            EndError::Busy | EndError::StillStarting => Kind::Unavailable,
+            EndError::Busy | EndError::StillChanging | EndError::NodeAway => Kind::Unavailable,
             EndError::Node(e) => e.kind(),
             EndError::TaskBroke => Kind::Internal,
         }
@@ -94,13 +98,16 @@ async fn kill_here(app: &App, team: &Team, id: &SandboxId) -> Result<(), EndErro
         match app.live.begin_end(id, &team.id, clock::now()) {
             Ending::Mine(sandbox) => break sandbox,
             Ending::Nothing => return Err(EndError::NotFound),
-            Ending::StillStarting(mut over) => {
-                // The channel carries nothing and closes when the start is over, however it went.
+            Ending::Busy(mut over) => {
+                // The channel carries nothing and closes when that is over, however it went.
                 let waited = tokio::time::timeout_at(deadline, over.changed()).await;
-                waited.map(|_closed| ()).map_err(|_| EndError::StillStarting)?;
+                waited.map(|_closed| ()).map_err(|_| EndError::StillChanging)?;
             }
         }
     };
+    if sandbox.asleep_since.is_some() {
+        return pause::kill(app, &sandbox).await;
+    }
     let node = app.node_of(&sandbox);
     reach(Point::KillBegun);
     match node.rpc.kill(id).await {
@@ -144,7 +151,7 @@ async fn move_end_here(
     let _mine = take_turn(turn).await?;
     // What it was before the wait does not count.
     let now = clock::now();
-    let sandbox = app.live.find(id, &team.id, now).ok_or(EndError::NotFound)?;
+    let sandbox = app.live.find_running(id, &team.id, now).ok_or(EndError::NotFound)?;
     let end_at = match new_end {
         NewEnd::In(lifetime) => now.plus(lifetime),
         NewEnd::NotBefore(lifetime) if now.plus(lifetime) <= sandbox.end_at => {
@@ -178,7 +185,7 @@ async fn move_end_here(
     }
 }
 
-async fn take_turn(turn: Arc<Semaphore>) -> Result<tokio::sync::OwnedSemaphorePermit, EndError> {
+pub(crate) async fn take_turn(turn: Arc<Semaphore>) -> Result<OwnedSemaphorePermit, EndError> {
     // The table holds one reference, and so does everybody in the queue.
     if Arc::strong_count(&turn) > TURNS_MAX {
         return Err(EndError::Busy);
@@ -189,23 +196,44 @@ async fn take_turn(turn: Arc<Semaphore>) -> Result<tokio::sync::OwnedSemaphorePe
 
 /// The node does not have a sandbox that is hidden here. Why it ended, the node has said or will
 /// say on its watch stream; a reconcile makes sure that it does not stay.
-fn missing(app: &App, sandbox: &Sandbox) {
+pub(crate) fn missing(app: &App, sandbox: &Sandbox) {
     app.routes.withdraw(&sandbox.id);
     app.node_of(sandbox).reconcile_soon.notify_one();
 }
 
-/// Drops a run that has ended from the table, the routes and, later, the store's running ones.
+/// Drops a run that has ended from the table, the routes and, later, the store's running ones; one
+/// that was lost with its node becomes what it was resumed from, if it was.
 /// Nothing happens when somebody did it before.
 pub(crate) fn forget(app: &App, id: &SandboxId, execution: &ExecutionId, reason: &'static str) {
-    if let Some(sandbox) = app.live.remove(id, execution) {
-        gone(app, &sandbox, reason);
+    let at = clock::now();
+    if let Some(change) = end(app, id, execution, at, reason) {
+        app.writer.push(change);
     }
 }
 
-/// What is left to do once a run has left the table.
-pub(crate) fn gone(app: &App, sandbox: &Sandbox, reason: &'static str) {
-    app.routes.withdraw(&sandbox.id);
-    app.node_of(sandbox).release(sandbox.need());
-    let (execution, at) = (sandbox.execution.clone(), clock::now());
-    app.writer.push(Change::Ended { execution, at, reason });
+/// As [`forget`], and answers what there is to write.
+pub(crate) fn end(
+    app: &App,
+    id: &SandboxId,
+    execution: &ExecutionId,
+    at: UnixMillis,
+    reason: &'static str,
+) -> Option<Change> {
+    let may_lapse = matches!(reason, "lost" | "shutdown");
+    let (sandbox, change) = match app.live.ended(id, execution, may_lapse) {
+        Ended::NotHere => return None,
+        Ended::Paused(sandbox) => {
+            info!(sandbox = %id, reason, "a run is lost; its sandbox is paused as it was before");
+            (sandbox, Change::Lapsed { execution: execution.clone(), at, reason })
+        }
+        Ended::Gone(sandbox) => {
+            if let Some(saved) = &sandbox.saved {
+                app.snapshots.give_up(&saved.snapshot);
+            }
+            (sandbox, Change::Ended { execution: execution.clone(), at, reason })
+        }
+    };
+    app.routes.withdraw(id);
+    app.node_of(&sandbox).release(sandbox.need());
+    Some(change)
 }

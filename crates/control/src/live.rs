@@ -4,12 +4,14 @@
 //! own the truth; this table follows them through answers, watch streams and reconciles, each
 //! sandbox through the phases of [`phase`]. Every team has an index of its own ([`index`]).
 //!
-//! A sandbox whose end has passed is not visible any more, even before its node has said so.
+//! A sandbox whose end has passed is not visible any more, even before its node has said so; one that
+//! is paused at its end is seen as paused from then on.
 
 mod index;
 mod metadata;
 mod phase;
 mod sandbox;
+mod sleep;
 mod slot;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -25,11 +27,12 @@ use tokio::time::Instant;
 use crate::nodes::NodeIx;
 use crate::team::TeamId;
 use index::TeamIndex;
-use phase::{Event, Next, Phase};
+use phase::{Denied, Event, Next, Phase};
 
-pub(crate) use index::{Key, Order, Range};
+pub(crate) use index::{Key, Order, Range, States};
 pub(crate) use metadata::Metadata;
-pub(crate) use sandbox::{Observed, Sandbox, Terms};
+pub(crate) use sandbox::{EnvVars, Kept, Lifecycle, Observed, OnEnd, Sandbox, Saved, Terms};
+pub(crate) use sleep::{Ended, Heard, Pausing, Rousing, Standing};
 pub(crate) use slot::{AtLimit, EndedEarly, Slot};
 
 /// What was known of one node when a reconcile of it began: the revision of each of its sandboxes,
@@ -41,7 +44,8 @@ pub(crate) type Marks = HashMap<SandboxId, Option<u64>>;
 pub(crate) struct Difference {
     /// Hidden: the node does not have them any more, and may be about to say why.
     pub(crate) missing: Vec<Arc<Sandbox>>,
-    /// Removed: they have been missing for [`NOTICE_WAIT`], and nobody said why.
+    /// They have been missing for [`NOTICE_WAIT`], and nobody said why; in the table until that is
+    /// followed.
     pub(crate) gone: Vec<Arc<Sandbox>>,
     /// Corrected to what the node says.
     pub(crate) moved: Vec<Arc<Sandbox>>,
@@ -57,10 +61,10 @@ pub(crate) const NOTICE_WAIT: Duration = Duration::from_secs(2);
 /// What stands under an id that a caller wants to end.
 #[derive(Debug)]
 pub(crate) enum Ending {
-    /// It is hidden now, and this caller ends it.
+    /// It is hidden now, and this caller ends it; a paused one by removing its snapshot.
     Mine(Arc<Sandbox>),
-    /// Its start is under way; the channel closes when that is over.
-    StillStarting(watch::Receiver<()>),
+    /// Its start, pause or resume is under way; the channel closes when that is over.
+    Busy(watch::Receiver<()>),
     /// There is nothing the team may end.
     Nothing,
 }
@@ -75,6 +79,9 @@ pub(crate) struct Live {
 struct Inner {
     starting: HashMap<SandboxId, Starting>,
     started: HashMap<SandboxId, Started>,
+    /// Paused ones as the store has them, of sandboxes that run according to it. Whichever turns out
+    /// first decides: their run, or that it is gone.
+    resumed: HashMap<SandboxId, Arc<Sandbox>>,
     teams: HashMap<TeamId, TeamIndex>,
     /// Counts changes, so that a reconcile can tell whether its picture of a sandbox is stale.
     revision: u64,
@@ -98,6 +105,10 @@ struct Started {
     turn: Option<Arc<Semaphore>>,
     /// Since when its node does not list it.
     missing_since: Option<Instant>,
+    /// Dropped at the next change of phase, which those who wait for it notice; made for the first.
+    over: Option<watch::Sender<()>>,
+    /// The run a resume has asked for.
+    resuming: Option<ExecutionId>,
 }
 
 impl Inner {
@@ -127,10 +138,22 @@ impl Inner {
     }
 
     fn start(&mut self, sandbox: Arc<Sandbox>) {
+        self.put(sandbox, Phase::Running);
+    }
+
+    /// Adds `sandbox`, which is seen in `phase`.
+    fn put(&mut self, sandbox: Arc<Sandbox>, phase: Phase) {
         let revision = self.next_revision();
         self.team(&sandbox.team).insert(Arc::clone(&sandbox));
-        let started =
-            Started { phase: Phase::Running, sandbox, revision, turn: None, missing_since: None };
+        let started = Started {
+            phase,
+            sandbox,
+            revision,
+            turn: None,
+            missing_since: None,
+            over: None,
+            resuming: None,
+        };
         self.started.insert(started.sandbox.id.clone(), started);
     }
 
@@ -142,28 +165,44 @@ impl Inner {
         execution: &ExecutionId,
         event: Event,
     ) -> Option<Arc<Sandbox>> {
+        self.started.get(id).filter(|s| s.sandbox.execution == *execution)?;
+        self.apply_as(id, event, None).map(|(sandbox, _)| sandbox)
+    }
+
+    /// Applies `event` to `id`, which is `becomes` afterwards. Answers what it was, and what follows.
+    fn apply_as(
+        &mut self,
+        id: &SandboxId,
+        event: Event,
+        becomes: Option<Arc<Sandbox>>,
+    ) -> Option<(Arc<Sandbox>, Next)> {
         let revision = self.next_revision();
-        let started = self.started.get_mut(id).filter(|s| s.sandbox.execution == *execution)?;
+        let started = self.started.get_mut(id)?;
         let next = phase::next(started.phase, event).ok()?;
-        let sandbox = Arc::clone(&started.sandbox);
-        let was_running = started.phase == Phase::Running;
+        let was_seen = started.phase.is_seen();
+        let before = Arc::clone(&started.sandbox);
+        let after = becomes.unwrap_or_else(|| Arc::clone(&before));
         match next {
             Next::In(phase) => {
                 started.phase = phase;
                 started.revision = revision;
+                started.sandbox = Arc::clone(&after);
+                started.over = None;
             }
             Next::Gone => {
                 self.started.remove(id);
             }
         }
-        match (was_running, next) {
-            (true, Next::In(Phase::Running)) => {}
-            (false, Next::In(Phase::Running)) => self.team(&sandbox.team).insert(sandbox.clone()),
-            (true, _) => self.team(&sandbox.team).remove(&sandbox),
-            (false, _) => {}
+        let is_seen = matches!(next, Next::In(phase) if phase.is_seen());
+        let index = self.team(&before.team);
+        if was_seen {
+            index.remove(&before);
         }
-        self.forget_team_if_empty(&sandbox.team);
-        Some(sandbox)
+        if is_seen {
+            index.insert(after);
+        }
+        self.forget_team_if_empty(&before.team);
+        Some((before, next))
     }
 
     /// A node does not list the run `execution` of `id`, as of `now`.
@@ -177,12 +216,12 @@ impl Inner {
         let Some(started) = self.started.get_mut(id) else { return };
         let since = *started.missing_since.get_or_insert(now);
         if now.duration_since(since) >= NOTICE_WAIT {
-            difference.gone.extend(self.apply(id, execution, Event::EndHeard));
+            difference.gone.push(Arc::clone(&started.sandbox));
             return;
         }
         let sandbox = Arc::clone(&started.sandbox);
         // Denied when it is hidden already, because somebody ends it.
-        let _hidden = self.apply(id, execution, Event::EndAsked).is_some();
+        let _hidden = self.apply(id, execution, Event::NotThere).is_some();
         difference.missing.push(sandbox);
     }
 
@@ -190,6 +229,9 @@ impl Inner {
     fn move_end(&mut self, id: &SandboxId, end_at: UnixMillis) -> Option<Arc<Sandbox>> {
         let revision = self.next_revision();
         let started = self.started.get_mut(id)?;
+        if started.phase.is_asleep() {
+            return None;
+        }
         let moved = Arc::new(Sandbox { end_at, ..(*started.sandbox).clone() });
         let before = std::mem::replace(&mut started.sandbox, Arc::clone(&moved));
         started.revision = revision;
@@ -203,8 +245,33 @@ impl Inner {
 }
 
 impl Started {
+    /// Whether `team` sees it run.
     fn is_visible(&self, team: &TeamId, now: UnixMillis) -> bool {
         self.phase == Phase::Running && self.sandbox.team == *team && self.sandbox.end_at > now
+    }
+
+    /// Whether its node is pausing it because its time was up at `now`, as far as is known.
+    fn is_falling_asleep(&self, now: UnixMillis) -> bool {
+        let is_over = self.phase == Phase::Running && self.sandbox.end_at <= now;
+        (is_over || self.phase == Phase::Missing) && self.sandbox.pauses_at_end()
+    }
+
+    /// As `team` sees it, running or paused.
+    fn seen(&self, team: &TeamId, now: UnixMillis) -> Option<Arc<Sandbox>> {
+        if self.sandbox.team != *team {
+            None
+        } else if self.is_falling_asleep(now) {
+            self.sandbox.falling_asleep().map(Arc::new)
+        } else if self.phase.is_asleep() || self.is_visible(team, now) {
+            Some(Arc::clone(&self.sandbox))
+        } else {
+            None
+        }
+    }
+
+    /// A channel that closes when its phase changes.
+    fn wait(&mut self) -> watch::Receiver<()> {
+        self.over.get_or_insert_with(|| watch::channel(()).0).subscribe()
     }
 }
 
@@ -214,8 +281,18 @@ impl Live {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The sandbox `id`, if `team` may see it.
+    /// The sandbox `id`, running or paused, if `team` may see it.
     pub(crate) fn find(
+        &self,
+        id: &SandboxId,
+        team: &TeamId,
+        now: UnixMillis,
+    ) -> Option<Arc<Sandbox>> {
+        self.lock().started.get(id)?.seen(team, now)
+    }
+
+    /// The sandbox `id`, if it runs and `team` may see it.
+    pub(crate) fn find_running(
         &self,
         id: &SandboxId,
         team: &TeamId,
@@ -226,23 +303,30 @@ impl Live {
         Some(Arc::clone(&started.sandbox))
     }
 
-    /// Every sandbox of `team` in `range`, in its order. Costs what it answers.
-    pub(crate) fn list(&self, team: &TeamId, now: UnixMillis, range: &Range) -> Vec<Arc<Sandbox>> {
-        self.page(team, now, range, usize::MAX).0
+    /// Every sandbox of `team` in `range` and in `states`, in its order. Costs what it answers.
+    pub(crate) fn list(
+        &self,
+        team: &TeamId,
+        now: UnixMillis,
+        range: &Range,
+        states: States,
+    ) -> Vec<Arc<Sandbox>> {
+        self.page(team, now, range, states, usize::MAX).0
     }
 
-    /// The first `limit` sandboxes of `team` in `range`, and how many the team has in all. Costs
-    /// what it answers.
+    /// The first `limit` sandboxes of `team` in `range` and in `states`, and how many of the team run
+    /// in all. Costs what it answers.
     pub(crate) fn page(
         &self,
         team: &TeamId,
         now: UnixMillis,
         range: &Range,
+        states: States,
         limit: usize,
     ) -> (Vec<Arc<Sandbox>>, usize) {
         let mut inner = self.lock();
         let Some(index) = inner.settled(team, now) else { return (Vec::new(), 0) };
-        (index.range(range).take(limit).cloned().collect(), index.visible())
+        (index.range(range, states).take(limit).cloned().collect(), index.visible())
     }
 
     /// What `team` has running and starting: what its limit counts.
@@ -282,19 +366,23 @@ impl Live {
         if let Some(starting) = inner.starting.get(id)
             && starting.team == *team
         {
-            return Ending::StillStarting(starting.over.subscribe());
+            return Ending::Busy(starting.over.subscribe());
         }
-        let Some(started) = inner.started.get(id).filter(|s| s.is_visible(team, now)) else {
+        let Some(started) = inner.started.get_mut(id) else { return Ending::Nothing };
+        if started.seen(team, now).is_none() {
             return Ending::Nothing;
-        };
-        let execution = started.sandbox.execution.clone();
-        inner.apply(id, &execution, Event::EndAsked).map_or(Ending::Nothing, Ending::Mine)
+        }
+        if phase::next(started.phase, Event::EndAsked) == Err(Denied::Changing) {
+            return Ending::Busy(started.wait());
+        }
+        let ended = inner.apply_as(id, Event::EndAsked, None);
+        ended.map_or(Ending::Nothing, |(sandbox, _)| Ending::Mine(sandbox))
     }
 
     /// Hides a run that its node turned out not to have, until the node says why. True for the
     /// first to find out.
     pub(crate) fn hide_missing(&self, id: &SandboxId, execution: &ExecutionId) -> bool {
-        self.lock().apply(id, execution, Event::EndAsked).is_some()
+        self.lock().apply(id, execution, Event::NotThere).is_some()
     }
 
     /// Shows a sandbox again whose end could not be brought about.
@@ -303,22 +391,13 @@ impl Live {
         let _ended = self.lock().apply(id, execution, Event::EndFailed).is_none();
     }
 
-    /// Removes a run that has ended. `None` when it was not here, or is still starting.
-    pub(crate) fn remove(&self, id: &SandboxId, execution: &ExecutionId) -> Option<Arc<Sandbox>> {
-        let mut inner = self.lock();
-        if let Some(starting) = inner.starting.get_mut(id)
-            && let Ok(Next::In(phase)) = phase::next(starting.phase, Event::EndHeard)
-        {
-            starting.phase = phase;
-        }
-        inner.apply(id, execution, Event::EndHeard)
-    }
-
     /// What is known now of `node`. Take it before asking the node, so that what changes meanwhile
     /// is not undone by an answer that is older.
     pub(crate) fn marks(&self, node: NodeIx) -> Marks {
         let inner = self.lock();
-        let started = inner.started.iter().filter(|(_, s)| s.sandbox.node == node);
+        // A paused one may turn out to run on any node.
+        let here = |s: &Started| s.sandbox.node == node || !s.phase.has_run();
+        let started = inner.started.iter().filter(|(_, s)| here(s));
         let started = started.map(|(id, s)| (id.clone(), Some(s.revision)));
         let starting = inner.starting.iter().filter(|(_, s)| s.node == node);
         starting.map(|(id, _)| (id.clone(), None)).chain(started).collect()
@@ -338,7 +417,9 @@ impl Live {
         let is_missing = |id: &SandboxId, started: &Started| {
             let known_before = before.get(id).is_some_and(|&mark| mark == Some(started.revision));
             let held = on_node.get(id).is_some_and(|o| o.execution == started.sandbox.execution);
-            started.sandbox.node == node && known_before && !held
+            // The call that pauses one says what becomes of it.
+            let is_settled = started.phase.has_run() && started.phase != Phase::Pausing;
+            is_settled && started.sandbox.node == node && known_before && !held
         };
         let missing: Vec<_> = inner
             .started
@@ -358,6 +439,15 @@ impl Live {
                 }
                 continue;
             };
+            if !started.phase.has_run() {
+                // A resume whose answer was lost; one that is under way has a newer revision, or
+                // answers itself.
+                let unchanged = before.get(&observed.id) == Some(&Some(started.revision));
+                if unchanged && started.phase == Phase::Paused {
+                    difference.unknown.push(observed);
+                }
+                continue;
+            }
             if started.sandbox.node != node {
                 // Another node has it under this id; this one's is nobody's.
                 difference.unknown.push(observed);
@@ -372,16 +462,6 @@ impl Live {
         difference
     }
 
-    /// Adds a sandbox of an earlier life of this process. False when its id is known already.
-    pub(crate) fn adopt(&self, sandbox: Arc<Sandbox>) -> bool {
-        let mut inner = self.lock();
-        if inner.started.contains_key(&sandbox.id) || inner.starting.contains_key(&sandbox.id) {
-            return false;
-        }
-        inner.start(sandbox);
-        true
-    }
-
     /// Whether `id` is in the table, whoever owns it and however far it is.
     pub(crate) fn contains(&self, id: &SandboxId) -> bool {
         let inner = self.lock();
@@ -390,6 +470,15 @@ impl Live {
 
     /// Every run in the table, whoever owns it, those on their way out included.
     pub(crate) fn all(&self) -> Vec<Arc<Sandbox>> {
-        self.lock().started.values().map(|s| Arc::clone(&s.sandbox)).collect()
+        let inner = self.lock();
+        let runs = inner.started.values().filter(|s| s.phase.has_run());
+        runs.map(|s| Arc::clone(&s.sandbox)).collect()
+    }
+
+    /// Everything in the table that has no run, whoever owns it: the paused ones.
+    pub(crate) fn all_paused(&self) -> Vec<Arc<Sandbox>> {
+        let inner = self.lock();
+        let paused = inner.started.values().filter(|s| !s.phase.has_run());
+        paused.map(|s| Arc::clone(&s.sandbox)).collect()
     }
 }

@@ -5,6 +5,7 @@
 mod answers;
 mod metrics;
 pub(crate) mod report;
+mod snapshots;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,7 +15,7 @@ use belljar_domain::{BuildId, ExecutionId, Kind, SandboxId, Secret, TemplateId, 
 use belljar_wire::refusal::Refusal;
 use belljar_wire::rest::LogLevel;
 use belljar_wire::rpc::belljar::node::v1::{
-    CreateSandboxRequest, DescribeRequest, ForgetReclaimedRequest, KillSandboxRequest,
+    self as pb, CreateSandboxRequest, DescribeRequest, ForgetReclaimedRequest, KillSandboxRequest,
     ListReclaimedRequest, ListSandboxesRequest, ListTemplatesRequest, NodeServiceClient,
     SandboxLogsRequest, SetSandboxEndRequest, WatchSandboxesRequest, WatchSandboxesResponse,
 };
@@ -27,8 +28,9 @@ use hyper::body::Incoming;
 use tracing::warn;
 
 pub(crate) use metrics::{Sample, Span};
+pub(crate) use snapshots::PauseMode;
 
-use crate::live::Observed;
+use crate::live::{Kept, Observed};
 use crate::placement::Taken;
 use crate::templates::Template;
 
@@ -78,6 +80,11 @@ impl NodeCallError {
         Refusal::of(&self.source)
     }
 
+    /// Whether the state of what was asked about did not allow it.
+    pub(crate) fn is_refused_by_state(&self) -> bool {
+        self.source.code == ErrorCode::FailedPrecondition
+    }
+
     /// Whether the node certainly did not do what it was asked: it said so itself.
     pub(crate) fn is_certain(&self) -> bool {
         self.refusal().is_some()
@@ -111,6 +118,17 @@ pub(crate) struct Start<'a> {
     pub(crate) allow_internet: bool,
     /// What the node keeps for us beside the sandbox.
     pub(crate) terms: String,
+    /// The snapshot it becomes at its end; `None` is killed then.
+    pub(crate) auto_pause: Option<AutoPause>,
+    /// Without the memory of what it is started from.
+    pub(crate) cold_boot: bool,
+}
+
+/// How a sandbox is paused at its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct AutoPause {
+    pub(crate) snapshot: BuildId,
+    pub(crate) filesystem_only: bool,
 }
 
 /// What a node says of itself.
@@ -168,12 +186,14 @@ pub(crate) struct LogEntry {
     pub(crate) cut: bool,
 }
 
-/// One sandbox that is gone.
+/// One run that is over.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Ended {
     pub(crate) id: SandboxId,
     pub(crate) execution: ExecutionId,
     pub(crate) reason: &'static str,
+    /// What a paused one has left.
+    pub(crate) kept: Option<Kept>,
 }
 
 /// A client of one node. Reconnects by itself.
@@ -213,6 +233,8 @@ impl Node {
             env_vars: start.env_vars.iter().map(|(k, v)| (k.clone(), v.clone())).collect(),
             allow_internet_access: start.allow_internet,
             terms: start.terms,
+            auto_pause: start.auto_pause.map(auto_pause).into(),
+            cold_boot: start.cold_boot,
             ..Default::default()
         };
         let answer = self
@@ -400,11 +422,21 @@ impl Watch {
             let Some(ended) = message.to_owned_message().ended.into_option() else { continue };
             match (ended.sandbox_id.parse(), ended.execution_id.parse()) {
                 (Ok(id), Ok(execution)) => {
-                    return Ok(Ended { id, execution, reason: answers::reason(&ended.reason) });
+                    let reason = answers::reason(&ended.reason);
+                    let kept = ended.snapshot.as_option().and_then(answers::readable_snapshot);
+                    return Ok(Ended { id, execution, reason, kept });
                 }
                 _ => warn!(sandbox = ended.sandbox_id, "the node reported an unreadable end"),
             }
         }
+    }
+}
+
+fn auto_pause(pause: AutoPause) -> pb::AutoPause {
+    pb::AutoPause {
+        snapshot_id: pause.snapshot.to_string(),
+        filesystem_only: pause.filesystem_only,
+        ..Default::default()
     }
 }
 

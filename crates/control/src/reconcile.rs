@@ -5,17 +5,21 @@
 //! live table, the routes and the store agree with what the node holds:
 //!
 //! - here, not on the node: hidden, until the node says why it ended. When the node does not say,
-//!   the reason is `lost` (or `expired` when its time was up);
-//! - on the node, not here: adopted, on the terms the store has, or else those the node was given
-//!   with it; killed when there are none, when its team is gone, or when nobody can know its id;
+//!   the reason is `lost` (or `expired` when its time was up); one that had been resumed is then paused
+//!   again;
+//! - on the node, not here: adopted, on the terms the node was given with it, or else those the store
+//!   has; killed when there are none, when its team is gone, or when nobody can know its id;
 //! - ended with an earlier run of the node: written to the store, then forgotten on the node;
 //! - starting on the node for an earlier life of this process: its idempotency key is in doubt
 //!   until the sandbox runs or is gone;
+//! - its snapshots: see [`kept`];
 //! - the store differs from the table: written again.
 //!
 //! A sandbox of a node that is away stays in the table until the node says otherwise. The store
 //! does not know where a sandbox ran, so a row that no node holds is ended once every node has
 //! answered since this process started.
+
+mod kept;
 
 use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
@@ -29,10 +33,11 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{debug, info, warn};
 
 use crate::app::App;
-use crate::lifecycle::{forget, gone};
+use crate::lifecycle::{end, forget};
 use crate::live::{Marks, NOTICE_WAIT, Observed, Sandbox};
 use crate::node::{Ended, Holds, NodeCallError, Watch};
 use crate::nodes::{Contact, Member, NodeIx};
+use crate::pause::heard;
 use crate::store::{RunRow, StoreError};
 use crate::team::TeamId;
 use crate::terms::{self, Written};
@@ -67,6 +72,8 @@ enum Settled {
     /// process began some there, and somebody may ask for them by a key.
     NotYet,
 }
+
+pub(crate) use kept::load;
 
 /// Connects to a node and brings everything up to date; tries again until `deadline`.
 pub(crate) async fn attach(
@@ -139,7 +146,12 @@ async fn follow_stream(app: &App, node: &Member, watch: Watch) -> NodeCallError 
                 match end.expect("the stream goes on for as long as it is asked") {
                     Ok(ended) => {
                         debug!(sandbox = %ended.id, reason = ended.reason, "sandbox ended");
-                        forget(app, &ended.id, &ended.execution, ended.reason);
+                        match (ended.reason, &ended.kept) {
+                            ("paused", Some(kept)) => heard(app, node.ix, kept),
+                            // What it has left is listed.
+                            ("paused", None) => node.reconcile_soon.notify_one(),
+                            _ => forget(app, &ended.id, &ended.execution, ended.reason),
+                        }
                         continue;
                     }
                     Err(lost) => return lost,
@@ -189,15 +201,19 @@ fn ends(watch: Watch) -> impl Stream<Item = Result<Ended, NodeCallError>> {
 async fn reconcile(app: &App, node: &Member) -> Result<Settled, ReconcileError> {
     // The order matters: what is known must be older than the node's answer (see `Live::observe`).
     let before = app.live.marks(node.ix);
-    let astray = app.unsettled.on(node.ix);
+    let (astray, mark) = (app.unsettled.on(node.ix), app.snapshots.mark());
     let rows = app.store.running().await?;
+    // Sandboxes before snapshots: one that is paused in between is in both, and not in neither.
     let Holds { running: seen, starting } = node.rpc.list().await?;
+    let snapshots = node.rpc.snapshots().await?;
     app.templates.replace(node.ix, node.rpc.templates().await?);
     node.describe(node.rpc.describe().await?);
 
     let on_node: HashSet<ExecutionId> = seen.iter().map(|o| o.execution.clone()).collect();
     let starts = starting.iter().map(|(id, _)| id.clone());
     let held: HashSet<SandboxId> = seen.iter().map(|o| o.id.clone()).chain(starts).collect();
+    // First what was paused, so that it is not taken for gone.
+    kept::follow(app, node, mark, &snapshots).await?;
     let difference = app.live.observe(node.ix, &before, seen, Instant::now());
     let now = clock::now();
     for sandbox in &difference.missing {
@@ -206,7 +222,10 @@ async fn reconcile(app: &App, node: &Member) -> Result<Settled, ReconcileError> 
     }
     for sandbox in &difference.gone {
         info!(sandbox = %sandbox.id, "a sandbox is gone from its node");
-        gone(app, sandbox, end_reason(sandbox.end_at, now));
+        // Its node would have paused it at its end: then it is lost, and not expired.
+        let is_over = sandbox.end_at <= now && !sandbox.pauses_at_end();
+        let reason = if is_over { "expired" } else { "lost" };
+        forget(app, &sandbox.id, &sandbox.execution, reason);
     }
     for sandbox in &difference.moved {
         let (execution, end_at) = (sandbox.execution.clone(), sandbox.end_at);
@@ -243,13 +262,9 @@ async fn adopt(
 ) -> Result<Vec<Observed>, ReconcileError> {
     let (mut strangers, mut teams) = (Vec::new(), Teams::default());
     for observed in unknown {
-        let written = match rows.get(&observed.execution) {
-            Some(row) if row.id == observed.id => {
-                let key = terms::read(&observed.terms).and_then(|written| written.key);
-                Some(Written { terms: row.terms.clone(), key })
-            }
-            _ => terms::read(&observed.terms),
-        };
+        let row = rows.get(&observed.execution).filter(|row| row.id == observed.id);
+        let stored = || row.map(|row| Written { terms: row.terms.clone(), key: None });
+        let written = terms::read(&observed.terms).or_else(stored);
         let written = match written {
             Some(written) if teams.exists(app, &written.terms.team).await? => written,
             _ => {
@@ -258,16 +273,15 @@ async fn adopt(
             }
         };
         let claim = app.unsettled.take(&observed.id);
-        if matches!(claim, Some(Claim::Nobody)) || app.live.contains(&observed.id) {
+        if matches!(claim, Some(Claim::Nobody)) || !app.live.takes(&observed.id) {
             strangers.push(observed);
             continue;
         }
-        let sandbox = Arc::new(Sandbox::new(node.ix, observed, written.terms));
+        let sandbox = Sandbox::new(node.ix, observed, written.terms);
         app.publish(&sandbox);
-        if app.live.adopt(Arc::clone(&sandbox)) {
-            info!(sandbox = %sandbox.id, "adopted a sandbox");
-            app.writer.push(Change::Started(Arc::clone(&sandbox)));
-        }
+        let Some(sandbox) = app.live.adopt(sandbox) else { continue };
+        info!(sandbox = %sandbox.id, "adopted a sandbox");
+        app.writer.push(Change::Started(Arc::clone(&sandbox)));
         match (claim, written.key) {
             (Some(Claim::Key(ticket)), _) => ticket.done(&sandbox),
             (_, Some(key)) => app.repeats.learn(key, &sandbox),
@@ -338,10 +352,11 @@ async fn record_reclaimed(app: &App, node: &Member) -> Result<(), ReconcileError
             let execution = ended.was.execution.clone();
             // Most have a row already; this is for those that have none.
             let sandbox = Arc::new(Sandbox::new(node.ix, ended.was, terms));
-            forget(app, &sandbox.id, &execution, ended.reason);
             let (at, reason) = (ended.at, ended.reason);
+            let end = end(app, &sandbox.id, &execution, at, reason);
             changes.push(Noted { at, change: Change::Started(sandbox) });
-            changes.push(Noted { at, change: Change::Ended { execution, at, reason } });
+            let change = end.unwrap_or(Change::Ended { execution, at, reason });
+            changes.push(Noted { at, change });
         }
         app.store.apply(&changes).await?;
         info!(sandboxes = all.len(), "recorded sandboxes that ended with their node");
@@ -388,9 +403,14 @@ fn end_what_no_node_holds(
     let live: HashSet<&ExecutionId> = live.iter().map(|sandbox| &sandbox.execution).collect();
     for row in rows.values() {
         if !on_node.contains(&row.execution) && !live.contains(&row.execution) {
-            let reason = end_reason(row.end_at, now);
+            let reason = match app.live.was_to_pause(&row.id) {
+                // Its node would have paused it at its end.
+                true => "lost",
+                false => end_reason(row.end_at, now),
+            };
             let execution = row.execution.clone();
-            app.writer.push(Change::Ended { execution, at: now, reason });
+            let change = end(app, &row.id, &execution, now, reason);
+            app.writer.push(change.unwrap_or(Change::Ended { execution, at: now, reason }));
         }
     }
 }

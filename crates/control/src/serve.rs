@@ -36,14 +36,17 @@ use crate::node::report::Reports;
 use crate::node::{NodeCallError, Watch};
 use crate::nodes::Nodes;
 use crate::oidc::Verifier;
+use crate::pause;
 use crate::peer::Peer;
 use crate::prune;
 use crate::rates::Limits;
 use crate::reconcile::{self, ReconcileError};
+use crate::snapshots::Snapshots;
 use crate::store::StoreError;
 use crate::templates::Templates;
 use crate::unsettled::Unsettled;
 use crate::usage::{self, Usage};
+use crate::wake::{self, WakeDoor};
 use crate::webhook::{Courier, prune};
 use crate::writer::Writer;
 
@@ -123,6 +126,7 @@ pub async fn serve(
         repeats: Arc::default(),
         unsettled: Unsettled::default(),
         templates: Templates::default(),
+        snapshots: Snapshots::default(),
         writer: Writer::start(deps.store.clone(), &writing),
         scope: requests.clone(),
         routes: deps.routes,
@@ -136,6 +140,8 @@ pub async fn serve(
         config,
     });
     access.start(&requests);
+    // What is paused is shown whether its node answers or not.
+    reconcile::load(&app).await?;
     let outcome = tokio::select! {
         () = scope.cancelled() => Ok(()),
         attached = attach_all(&app) => match attached {
@@ -145,6 +151,7 @@ pub async fn serve(
                     requests.spawn("follow node", OnError::FailScope, follow);
                 }
                 tell_of_events(&app, &requests);
+                follow_snapshots(&app, deps.wake, &requests);
                 let sampling = Arc::clone(&app);
                 requests.spawn("sample usage", OnError::Log, async move {
                     usage::sample(&sampling).await
@@ -161,6 +168,15 @@ pub async fn serve(
     drop(app);
     writing.close(grace).await;
     outcome
+}
+
+/// Starts what removes snapshots nobody needs, and what resumes sandboxes for traffic.
+fn follow_snapshots(app: &Arc<App>, door: Option<WakeDoor>, requests: &Scope) {
+    let remove = pause::remove_given_up(Arc::clone(app));
+    requests.spawn("snapshot remover", OnError::Log, remove);
+    if let Some(door) = door {
+        requests.spawn("wake door", OnError::Log, wake::answer_all(Arc::clone(app), door));
+    }
 }
 
 /// Starts what sends events to webhooks, and what removes old ones.

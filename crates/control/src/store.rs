@@ -12,6 +12,7 @@ mod deliveries;
 mod events;
 mod prune;
 mod sandboxes;
+mod snapshots;
 mod teams;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -35,6 +36,9 @@ pub(crate) use database::{Pool, Tx, on_pool, on_tx};
 pub(crate) use deliveries::{DeliveriesWanted, Delivery, Taken, Waiting};
 pub(crate) use events::EventsWanted;
 pub(crate) use sandboxes::{RunRow, Spawned};
+pub(crate) use snapshots::{
+    DEFAULT_TAG, SnapshotKey, SnapshotName, SnapshotRecord, SnapshotsWanted,
+};
 pub(crate) use teams::{TeamChange, TeamDraft, TeamError, TeamRecord};
 pub(crate) use tiers::{TierError, TierRecord};
 pub(crate) use usage::{UsagePeak, UsageSample, UsageStep};

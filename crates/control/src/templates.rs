@@ -13,9 +13,9 @@ use belljar_domain::{BuildId, Kind, MiB, TemplateId, UnixMillis, Vcpus};
 
 use crate::nodes::NodeIx;
 use crate::placement::Need;
+use crate::store::{DEFAULT_TAG, SnapshotRecord};
 use crate::team::Team;
 
-const DEFAULT_TAG: &str = "default";
 /// Longest reference accepted, in bytes. Source: contract section 1.3 (`name` up to 128).
 const MAX_REFERENCE_BYTES: usize = 128;
 
@@ -31,9 +31,27 @@ pub(crate) struct Template {
     pub(crate) disk: MiB,
     pub(crate) envd_version: Arc<str>,
     pub(crate) created_at: UnixMillis,
+    /// Whether it has no memory, so that it can only boot.
+    pub(crate) cold_boot: bool,
 }
 
 impl Template {
+    /// What a snapshot is as a template.
+    pub(crate) fn of_snapshot(record: &SnapshotRecord) -> Template {
+        let kept = &record.kept;
+        Template {
+            id: record.template.clone(),
+            build: kept.id.clone(),
+            aliases: record.name.iter().map(|name| name.name.clone()).collect(),
+            vcpus: kept.vcpus,
+            memory: kept.memory,
+            disk: kept.disk,
+            envd_version: kept.envd_version.clone(),
+            created_at: kept.created_at,
+            cold_boot: kept.filesystem_only,
+        }
+    }
+
     /// What a sandbox made from it takes of its node.
     pub(crate) fn need(&self) -> Need {
         Need { vcpus: self.vcpus, memory: self.memory, disk: self.disk }
@@ -117,6 +135,20 @@ impl FromStr for Reference {
             name: name.to_owned(),
             tag: tag.map(str::to_owned),
         })
+    }
+}
+
+impl Reference {
+    pub(crate) fn namespace(&self) -> Option<&str> {
+        self.namespace.as_deref()
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn tag(&self) -> Option<&str> {
+        self.tag.as_deref()
     }
 }
 
@@ -227,6 +259,7 @@ mod tests {
             disk: MiB(512),
             envd_version: "0.6.13".into(),
             created_at: UnixMillis(created_at),
+            cold_boot: false,
         }
     }
 

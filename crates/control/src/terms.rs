@@ -5,14 +5,21 @@
 //! what cannot be read that way gets another number, and is then nobody's sandbox.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD_NO_PAD;
+use belljar_domain::Secret;
 use serde::{Deserialize, Serialize};
 
 use crate::idempotency::{Digest, Key};
-use crate::live::Terms;
+use crate::live::{Lifecycle, OnEnd, Terms};
 use crate::team::TeamId;
 
 const VERSION: u32 = 1;
+/// How long a sandbox counts as created for whose terms do not say. Source: contract section 9.
+const DEFAULT_LIFETIME: Duration = Duration::from_secs(300);
 
 /// Terms, and the key the sandbox was asked for with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +45,24 @@ struct Text {
     allow_internet: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     key: Option<KeyText>,
+    /// Absent: it is killed at its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pause_at_end: Option<PauseText>,
+    #[serde(default)]
+    auto_resume: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lifetime_ms: Option<u64>,
+    /// `NAME=value` and a NUL each, in base64: what its characters cannot grow.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    env: String,
+}
+
+/// What an automatic pause keeps.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum PauseText {
+    Full,
+    Filesystem,
 }
 
 /// Two digests in hex.
@@ -57,6 +82,14 @@ pub(crate) fn write(terms: &Terms, key: Option<&Key>) -> String {
         secure: terms.secure,
         allow_internet: terms.allow_internet,
         key: key.map(|key| KeyText { key: hex::encode(key.key), body: hex::encode(key.body) }),
+        pause_at_end: match terms.lifecycle.on_end {
+            OnEnd::Kill => None,
+            OnEnd::Pause { filesystem_only: false } => Some(PauseText::Full),
+            OnEnd::Pause { filesystem_only: true } => Some(PauseText::Filesystem),
+        },
+        auto_resume: terms.lifecycle.auto_resume,
+        lifetime_ms: u64::try_from(terms.lifecycle.lifetime.as_millis()).ok(),
+        env: env_text(terms.env_vars.expose()),
     };
     serde_json::to_string(&text).expect("texts and flags have a JSON form")
 }
@@ -74,11 +107,38 @@ pub(crate) fn read(text: &str) -> Option<Written> {
         metadata: text.metadata.into(),
         secure: text.secure,
         allow_internet: text.allow_internet,
+        lifecycle: Lifecycle {
+            on_end: match text.pause_at_end {
+                None => OnEnd::Kill,
+                Some(PauseText::Full) => OnEnd::Pause { filesystem_only: false },
+                Some(PauseText::Filesystem) => OnEnd::Pause { filesystem_only: true },
+            },
+            auto_resume: text.auto_resume,
+            lifetime: text.lifetime_ms.map_or(DEFAULT_LIFETIME, Duration::from_millis),
+        },
+        env_vars: Arc::new(Secret::new(env_vars(&text.env)?)),
     };
     // A damaged key costs a repeated create, and is no reason to end a sandbox.
     let key =
         text.key.and_then(|key| Some(Key { key: digest(&key.key)?, body: digest(&key.body)? }));
     Some(Written { terms, key })
+}
+
+/// The terms of a sandbox whose text says nothing of its end and its environment.
+pub(crate) fn plain_lifecycle() -> Lifecycle {
+    Lifecycle { on_end: OnEnd::Kill, auto_resume: false, lifetime: DEFAULT_LIFETIME }
+}
+
+/// Neither a name nor a value holds a NUL, and no name a `=`: they were checked at the edge.
+fn env_text(env_vars: &BTreeMap<String, String>) -> String {
+    let line = |(name, value): (&String, &String)| format!("{name}={value}\0");
+    STANDARD_NO_PAD.encode(env_vars.iter().map(line).collect::<String>())
+}
+
+fn env_vars(text: &str) -> Option<BTreeMap<String, String>> {
+    let text = String::from_utf8(STANDARD_NO_PAD.decode(text).ok()?).ok()?;
+    let lines = text.split_terminator('\0').map(|line| line.split_once('='));
+    lines.map(|line| line.map(|(name, value)| (name.to_owned(), value.to_owned()))).collect()
 }
 
 fn digest(text: &str) -> Option<Digest> {
@@ -98,7 +158,38 @@ mod tests {
             metadata: BTreeMap::from([("user".to_owned(), "a \"quoted\" ü".to_owned())]).into(),
             secure: true,
             allow_internet: false,
+            lifecycle: plain_lifecycle(),
+            env_vars: Arc::default(),
         }
+    }
+
+    #[test]
+    fn what_a_resume_needs_is_kept() {
+        let env_vars = [("A", "1=2\n\u{1}"), ("EMPTY", ""), ("Ü", "ß")];
+        let env_vars = env_vars.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        for filesystem_only in [false, true] {
+            let terms = Terms {
+                lifecycle: Lifecycle {
+                    on_end: OnEnd::Pause { filesystem_only },
+                    auto_resume: !filesystem_only,
+                    lifetime: Duration::from_secs(3600),
+                },
+                env_vars: Arc::new(Secret::new(BTreeMap::from(env_vars.clone()))),
+                ..terms()
+            };
+            let text = write(&terms, None);
+            assert!(!text.contains("1=2"), "{text}");
+            assert_eq!(read(&text), Some(Written { terms, key: None }));
+        }
+    }
+
+    /// The node keeps 1 MiB of terms at most.
+    #[test]
+    fn the_largest_environment_fits() {
+        let value = "\u{1}".repeat(511 << 10);
+        let env_vars = BTreeMap::from([("A".to_owned(), value)]);
+        let terms = Terms { env_vars: Arc::new(Secret::new(env_vars)), ..terms() };
+        assert!(write(&terms, None).len() < (1 << 20) - (128 << 10));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use belljar_daemon::fault::{Point, reach};
 use belljar_daemon::{OnError, Scope, clock};
-use belljar_domain::{ExecutionId, UnixMillis};
+use belljar_domain::{BuildId, ExecutionId, UnixMillis};
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, warn};
 
@@ -42,6 +42,35 @@ pub(crate) enum Change {
     Ended {
         /// The run.
         execution: ExecutionId,
+        /// When this was learned.
+        at: UnixMillis,
+        /// Why: a word of the node protocol, or `lost`.
+        reason: &'static str,
+    },
+    /// Its run ended with a pause; this is the sandbox as it is paused.
+    Paused(Arc<Sandbox>),
+    /// It was lost, and its sandbox is again what it was resumed from.
+    Lapsed {
+        /// The run.
+        execution: ExecutionId,
+        /// When this was learned.
+        at: UnixMillis,
+        /// Why: `lost` or `shutdown`.
+        reason: &'static str,
+    },
+    /// A copy of it was taken for forks, and it goes on.
+    Copied {
+        /// As it was.
+        sandbox: Arc<Sandbox>,
+        /// When.
+        at: UnixMillis,
+        /// The copy.
+        snapshot: BuildId,
+    },
+    /// A paused sandbox is gone for good.
+    Discarded {
+        /// As it was.
+        sandbox: Arc<Sandbox>,
         /// When this was learned.
         at: UnixMillis,
         /// Why: a word of the node protocol, or `lost`.

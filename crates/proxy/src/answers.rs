@@ -10,6 +10,7 @@ use http_body_util::Full;
 use serde::Serialize;
 
 use crate::routing::Misdirected;
+use crate::wake::Asleep;
 
 /// An answer about a named sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +27,8 @@ pub(crate) enum Failure {
         limit: usize,
     },
     InternalRoute,
+    /// It is paused, and was not resumed for this request.
+    Asleep(Asleep),
 }
 
 #[derive(Serialize)]
@@ -43,17 +46,39 @@ struct Body<'a> {
 impl Failure {
     fn status(self) -> StatusCode {
         match self {
-            Failure::NotFound | Failure::PortClosed { .. } | Failure::Broken { .. } => {
-                StatusCode::BAD_GATEWAY
+            Failure::NotFound
+            | Failure::PortClosed { .. }
+            | Failure::Broken { .. }
+            | Failure::Asleep(Asleep::NotFound) => StatusCode::BAD_GATEWAY,
+            Failure::TooManyConnections { .. } | Failure::Asleep(Asleep::AtLimit { .. }) => {
+                StatusCode::TOO_MANY_REQUESTS
             }
-            Failure::TooManyConnections { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Failure::Asleep(Asleep::NotPermitted) => StatusCode::FORBIDDEN,
+            Failure::Asleep(Asleep::Changing) => StatusCode::CONFLICT,
+            Failure::Asleep(Asleep::Unavailable) => StatusCode::SERVICE_UNAVAILABLE,
             Failure::InternalRoute => StatusCode::NOT_FOUND,
         }
     }
 
     fn message(self) -> String {
         match self {
-            Failure::NotFound => "The sandbox was not found".to_owned(),
+            Failure::NotFound | Failure::Asleep(Asleep::NotFound) => {
+                "The sandbox was not found".to_owned()
+            }
+            Failure::Asleep(Asleep::NotPermitted) => "This sandbox can't be resumed with the \
+                                                      credentials provided. Check your access \
+                                                      token and try again."
+                .to_owned(),
+            Failure::Asleep(Asleep::Changing) => {
+                "The sandbox is still transitioning. Try again in a moment.".to_owned()
+            }
+            Failure::Asleep(Asleep::AtLimit { limit }) => format!(
+                "The sandbox is paused, and its team has reached the maximum number of concurrent \
+                 E2B sandboxes ({limit})"
+            ),
+            Failure::Asleep(Asleep::Unavailable) => {
+                "The sandbox could not be resumed. Try again in a moment.".to_owned()
+            }
             Failure::PortClosed { .. } => "The sandbox is running but port is not open".to_owned(),
             Failure::Broken { .. } => {
                 "The service in the sandbox closed the connection without an answer".to_owned()

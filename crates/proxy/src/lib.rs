@@ -3,7 +3,7 @@
 //! A request names its sandbox and port by host (`{port}-{id}.{domain}`), by the headers
 //! `E2b-Sandbox-Id` and `E2b-Sandbox-Port`, or by the signature of a file URL. HTTP/1.1, h2c,
 //! WebSocket and any other upgrade pass, streamed both ways. Source of every rule and text:
-//! `contract/e2b-wire.md` sections 3.2 to 3.5.
+//! `contract/e2b-wire.md` sections 3.2 to 3.6.
 #![forbid(unsafe_code)]
 
 pub mod catalog;
@@ -20,7 +20,9 @@ mod request_body;
 mod routing;
 mod tunnel;
 mod upstream;
+mod wake;
 
 pub use catalog::{MemoryCatalog, Route, Routes, Target};
 pub use server::{Config, Deps, ServeError, serve};
 pub use signature::SignedUrl;
+pub use wake::{Asleep, Visitor, Wake, Waking};

@@ -8,6 +8,7 @@ use std::task::{Context, Poll, ready};
 use belljar_daemon::OnError;
 use belljar_daemon::downstream::{Downstream, Serving};
 use belljar_daemon::drain::{Drained, WhileBusy};
+use belljar_domain::SandboxId;
 use belljar_wire::guest::MAX_TUNNELS;
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, TRANSFER_ENCODING, UPGRADE};
@@ -29,6 +30,7 @@ use crate::request_body::{ClientBody, GuestBody};
 use crate::routing::{self, Destination, ENVD_PORT, Misdirected};
 use crate::tunnel;
 use crate::upstream::{self, ExchangeError, Lease, Link, Protocol};
+use crate::wake::{Visitor, Wake};
 
 /// The body of an answer: the guest's, streamed, or a text of our own.
 pub(crate) type AnswerBody = Either<Relayed, Full<Bytes>>;
@@ -36,6 +38,7 @@ pub(crate) type AnswerBody = Either<Relayed, Full<Bytes>>;
 /// What every request needs.
 pub(crate) struct Gateway {
     pub(crate) routes: Arc<dyn Routes>,
+    pub(crate) wake: Option<Arc<dyn Wake>>,
     pub(crate) link: Arc<Link>,
 }
 
@@ -80,24 +83,41 @@ async fn direct(
     let to_person = answers::is_navigation(&parts);
     let (id, port, found) = match routing::destination(&parts) {
         Ok(Destination::Sandbox { id, port }) => {
-            let found = gateway.routes.find(&id);
+            let found = match gateway.routes.find(&id) {
+                Some(route) => Ok(route),
+                None => gateway.wake(&id, port, &parts).await,
+            };
             (id, port, found)
         }
         Ok(Destination::Signed(url)) => match gateway.routes.find_signed(&url) {
-            Some(route) => (route.id().clone(), u64::from(ENVD_PORT), Some(route)),
+            Some(route) => (route.id().clone(), u64::from(ENVD_PORT), Ok(route)),
             None => return (None, Err(Misdirected::MissingHeader.answer())),
         },
         Err(misdirected) => return (None, Err(misdirected.answer())),
     };
     let outcome = match found {
-        None => Err(Failure::NotFound),
-        Some(route) => {
+        Err(failure) => Err(failure),
+        Ok(route) => {
             let visit = Visit { gateway, downstream, route: &route, port, serving };
             visit.forward(parts, body).await
         }
     };
     let answered = outcome.map_err(|failure| failure.answer(&id, to_person));
     (Some(id.to_string()), answered)
+}
+
+impl Gateway {
+    /// The route to a sandbox that has none, once it is resumed for this request.
+    async fn wake(&self, id: &SandboxId, port: u64, parts: &Parts) -> Result<Route, Failure> {
+        // Nobody outside may use these, so nobody wakes a sandbox for them.
+        if port == u64::from(ENVD_PORT) && routing::is_internal(parts.uri.path()) {
+            return Err(Failure::NotFound);
+        }
+        let wake = self.wake.as_ref().ok_or(Failure::NotFound)?;
+        wake.wake(id, Visitor::of(parts, port)).await.map_err(Failure::Asleep)?;
+        // It may have gone again.
+        self.routes.find(id).ok_or(Failure::NotFound)
+    }
 }
 
 /// One request on its way to a live sandbox.

@@ -22,6 +22,7 @@ use crate::catalog::Routes;
 use crate::connect;
 use crate::relay::{self, Gateway};
 use crate::upstream::Link;
+use crate::wake::Wake;
 
 /// How long to leave the listener alone when the process is out of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -72,6 +73,8 @@ impl Default for Config {
 pub struct Deps {
     /// Where the sandboxes are.
     pub routes: Arc<dyn Routes>,
+    /// Who resumes paused ones for their traffic; `None` lets them sleep.
+    pub wake: Option<Arc<dyn Wake>>,
 }
 
 /// Why the proxy stopped serving.
@@ -97,7 +100,7 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let permits = Arc::new(Semaphore::new(config.max_connections));
     let link = Arc::new(Link { config, scope: scope.clone() });
-    let gateway = Arc::new(Gateway { routes: deps.routes, link });
+    let gateway = Arc::new(Gateway { routes: deps.routes, wake: deps.wake, link });
     loop {
         let accepted = tokio::select! {
             () = scope.cancelled() => return Ok(()),

@@ -4,13 +4,16 @@
 //! without the isolation, volume or rule its owner asked for is worse than none.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
+use belljar_domain::Secret;
 use belljar_wire::rest::{NewSandbox, SandboxNetwork};
 
 use super::error::ApiError;
 use crate::creation::CreateSpec;
 use crate::limits::hours;
+use crate::live::{Lifecycle, OnEnd};
 
 /// The rule that closes the internet. Source: contract section 1.2.
 const ALL_IPV4: &str = "0.0.0.0/0";
@@ -38,6 +41,7 @@ pub(crate) fn spec(
     let template = body.template_id.parse()?;
     let lifetime = lifetime(body.timeout.unwrap_or(default_seconds), max)?;
     refuse_unsupported(&body)?;
+    let lifecycle = lifecycle(&body, lifetime)?;
     let closed = body.network.as_ref().map(closes_internet).transpose()?.unwrap_or(false);
     let env_vars = body.env_vars.unwrap_or_default();
     check_env_vars(&env_vars)?;
@@ -47,11 +51,35 @@ pub(crate) fn spec(
         template,
         lifetime,
         metadata,
-        env_vars,
+        env_vars: Arc::new(Secret::new(env_vars)),
         secure,
         allow_internet: body.allow_internet_access.unwrap_or(true) && !closed,
+        lifecycle,
         key: None,
     })
+}
+
+/// What is to happen at the end of its time, and after it. Source of the rules: contract section 1.2.
+fn lifecycle(body: &NewSandbox, lifetime: Duration) -> Result<Lifecycle, ApiError> {
+    let pauses = body.auto_pause == Some(true);
+    let filesystem_only = body.auto_pause_memory == Some(false);
+    let auto_resume = body.auto_resume.as_ref().is_some_and(|resume| resume.enabled);
+    if filesystem_only && !pauses {
+        return Err(ApiError::bad_request(
+            "the field 'autoPauseMemory' may only be false with 'autoPause'",
+        ));
+    }
+    if auto_resume && !pauses {
+        return Err(ApiError::bad_request("the field 'autoResume' needs 'autoPause'"));
+    }
+    if auto_resume && filesystem_only {
+        return Err(ApiError::bad_request(
+            "the field 'autoResume' does not go with 'autoPauseMemory' false: a sandbox without \
+             its memory would have to boot",
+        ));
+    }
+    let on_end = if pauses { OnEnd::Pause { filesystem_only } } else { OnEnd::Kill };
+    Ok(Lifecycle { on_end, auto_resume, lifetime })
 }
 
 fn unsupported(field: &str) -> ApiError {
@@ -61,21 +89,10 @@ fn unsupported(field: &str) -> ApiError {
 }
 
 fn refuse_unsupported(body: &NewSandbox) -> Result<(), ApiError> {
-    let pauses = body.auto_pause == Some(true);
-    if body.auto_pause_memory == Some(false) && !pauses {
-        return Err(ApiError::bad_request("the field 'autoPauseMemory' needs 'autoPause'"));
-    }
-    let resumes = body.auto_resume.as_ref().is_some_and(|resume| resume.enabled);
     let has_tokens =
         body.iam.as_ref().and_then(|iam| iam.tokens.as_ref()).is_some_and(|t| !t.is_empty());
     let has_volumes = body.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty());
-    let asked = [
-        ("autoPause", pauses),
-        ("autoResume", resumes),
-        ("mcp", body.mcp.is_some()),
-        ("iam", has_tokens),
-        ("volumeMounts", has_volumes),
-    ];
+    let asked = [("mcp", body.mcp.is_some()), ("iam", has_tokens), ("volumeMounts", has_volumes)];
     match asked.into_iter().find(|(_, asked)| *asked) {
         Some((field, _)) => Err(unsupported(field)),
         None => Ok(()),
@@ -183,8 +200,6 @@ mod tests {
     #[test]
     fn what_is_not_supported_is_refused_by_name() {
         for (field, value) in [
-            ("autoPause", "true"),
-            ("autoResume", r#"{"enabled":true}"#),
             ("mcp", "{}"),
             ("iam", r#"{"tokens":{"a":{"audience":"x","tokenType":"JWT-SVID"}}}"#),
             ("volumeMounts", r#"[{"name":"v","path":"/v"}]"#),
@@ -206,6 +221,34 @@ mod tests {
             let json = format!(r#"{{"templateID":"base","network":{{"{field}":{value}}}}}"#);
             let error = format!("{:?}", checked(&json).expect_err(field));
             assert!(error.contains(&format!("'network.{field}'")), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_happens_at_the_end_has_rules() {
+        let on_end = |fields: &str| {
+            let json = format!(r#"{{"templateID":"base",{fields}}}"#);
+            checked(&json).map(|spec| (spec.lifecycle.on_end, spec.lifecycle.auto_resume))
+        };
+        let pause = |filesystem_only| OnEnd::Pause { filesystem_only };
+        for (fields, expected) in [
+            (r#""autoPause":false"#, (OnEnd::Kill, false)),
+            (r#""autoPause":true"#, (pause(false), false)),
+            (r#""autoPause":true,"autoPauseMemory":false"#, (pause(true), false)),
+            (r#""autoPause":true,"autoResume":{"enabled":true}"#, (pause(false), true)),
+        ] {
+            assert_eq!(on_end(fields), Ok(expected), "{fields}");
+        }
+        for (fields, text) in [
+            (r#""autoPauseMemory":false"#, "may only be false with 'autoPause'"),
+            (r#""autoResume":{"enabled":true}"#, "'autoResume' needs 'autoPause'"),
+            (
+                r#""autoPause":true,"autoPauseMemory":false,"autoResume":{"enabled":true}"#,
+                "does not go with 'autoPauseMemory' false",
+            ),
+        ] {
+            let error = format!("{:?}", on_end(fields).expect_err(fields));
+            assert!(error.contains(text), "{error}");
         }
     }
 

@@ -11,10 +11,13 @@ use belljar_wire::rest;
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use tracing::warn;
 
+use crate::copies::CopyError;
 use crate::creation::CreateError;
 use crate::idempotency::KeyTaken;
 use crate::lifecycle::EndError;
 use crate::node::NodeCallError;
+use crate::pause::PauseError;
+use crate::resume::ResumeError;
 use crate::store::StoreError;
 use crate::templates::ResolveError;
 use crate::webhook::terms::TermsError;
@@ -134,6 +137,147 @@ impl ApiError {
     /// The answer to a failed change of the sandbox the client calls `id`.
     pub(crate) fn of_end(error: &EndError, id: &str) -> Self {
         Self::of_sandbox(error.kind(), error, id)
+    }
+
+    /// The answer to a pause of the sandbox the client calls `id` that did not come about.
+    pub(crate) fn of_pause(error: &PauseError, id: &str) -> Self {
+        match error {
+            PauseError::NotFound => Self::no_sandbox(id),
+            PauseError::Already => {
+                Self::of_kind(Kind::Conflict, format!("Sandbox \"{id}\" is already paused"))
+            }
+            PauseError::Busy => Self::still_changing(),
+            PauseError::GuestUnresponsive(e) => Self::unresponsive(e),
+            PauseError::NoRoom(e) => Self::no_disk(e),
+            PauseError::Node(e) => Self::of_sandbox(e.kind(), e, id),
+            PauseError::Mixup | PauseError::TaskBroke => {
+                log(error);
+                Self::internal()
+            }
+        }
+    }
+
+    /// The answer to a resume of the sandbox the client calls `id` that did not come about.
+    pub(crate) fn of_resume(error: ResumeError, id: &str) -> Self {
+        match error {
+            ResumeError::NotFound => Self::no_sandbox(id),
+            ResumeError::Runs => Self::of_kind(
+                Kind::Conflict,
+                format!("Sandbox \"{id}\" is already running"),
+            ),
+            ResumeError::Busy => Self::still_changing(),
+            ResumeError::NeedsColdBoot => Self::of_kind(
+                Kind::Conflict,
+                format!(
+                    "the guest of sandbox \"{id}\" did not answer when it was paused, so its memory \
+                     is not resumed; resume it with 'memory' false to boot it from its disk"
+                ),
+            )
+            .coded("sandbox_snapshot_guest_agent_unresponsive")
+            .final_word(),
+            ResumeError::NodeAway => {
+                log(&error);
+                Self::of_kind(
+                    Kind::Unavailable,
+                    "the node that keeps the paused sandbox is away; try again",
+                )
+            }
+            ResumeError::EndedEarly => {
+                log(&error);
+                Self::of_kind(
+                    Kind::Unavailable,
+                    "the sandbox ended while it was resuming, and is paused as before; try again",
+                )
+            }
+            ResumeError::Place(e) => e.into(),
+            ResumeError::Extend(e) => Self::of_end(&e, id),
+            ResumeError::Node(e) => Self::of_start(&e),
+            ResumeError::Mixup | ResumeError::TaskBroke => {
+                log(&error);
+                Self::internal()
+            }
+        }
+    }
+
+    /// The answer to a resume its node did not do; the sandbox is paused as before.
+    fn of_start(error: &NodeCallError) -> Self {
+        log(error);
+        match error.kind() {
+            Kind::Quota | Kind::Unavailable | Kind::Cancelled => Self::no_room(),
+            Kind::Timeout => Self::of_kind(
+                Kind::Timeout,
+                "the sandbox did not resume in time, and is paused as before; try again",
+            )
+            .coded("sandbox_placement_timeout")
+            .retry_after(5),
+            Kind::Conflict => Self::still_changing(),
+            Kind::Invalid
+            | Kind::NotFound
+            | Kind::Forbidden
+            | Kind::Unauthenticated
+            | Kind::Internal => {
+                Self::of_kind(Kind::Internal, "the sandbox could not be resumed, and is paused")
+                    .coded("sandbox_create_failed")
+                    .final_word()
+            }
+        }
+    }
+
+    /// The answer to a copy of the sandbox the client calls `id` that did not come about; `cannot` says
+    /// of a paused one what it cannot.
+    pub(crate) fn of_copy(error: CopyError, id: &str, cannot: &str) -> Self {
+        match error {
+            CopyError::NotFound => Self::no_sandbox(id),
+            CopyError::Paused => Self::of_kind(
+                Kind::Conflict,
+                format!("Sandbox '{id}' is paused and {cannot}; resume it first"),
+            ),
+            CopyError::Busy => Self::still_changing(),
+            CopyError::TooOld { version } => Self::bad_request(format!(
+                "the sandbox's guest daemon {version} is too old for this: it must be 0.5.0 or \
+                 later; build the template again"
+            )),
+            CopyError::GuestUnresponsive(e) => Self::unresponsive(&e),
+            CopyError::NoRoom(e) => Self::no_disk(&e),
+            CopyError::Node(e) => Self::of_sandbox(e.kind(), &e, id),
+            CopyError::TeamGone => {
+                Self::forbidden("team forbidden: the team is gone, or was blocked meanwhile")
+            }
+            CopyError::Store(e) => e.into(),
+            CopyError::Mixup | CopyError::TaskBroke => {
+                log(&error);
+                Self::internal()
+            }
+        }
+    }
+
+    fn still_changing() -> Self {
+        Self::of_kind(Kind::Conflict, "the sandbox is still changing; try again").retry_after(1)
+    }
+
+    fn unresponsive(error: &NodeCallError) -> Self {
+        log(error);
+        Self::of_kind(
+            Kind::Unavailable,
+            "the sandbox's guest does not answer, so nothing was done; it runs on",
+        )
+    }
+
+    fn no_disk(error: &NodeCallError) -> Self {
+        log(error);
+        Self::of_kind(
+            Kind::Unavailable,
+            "there is no room on the node to save the sandbox; it runs on",
+        )
+    }
+
+    /// As one of several answers in one body.
+    pub(crate) fn into_body(self) -> rest::Error {
+        rest::Error {
+            code: self.status.as_u16(),
+            message: self.message,
+            error_code: self.error_code.map(str::to_owned),
+        }
     }
 
     /// The answer to a failed request about the sandbox the client calls `id`.
@@ -332,15 +476,11 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let reason = self.reason();
-        let body = rest::Error {
-            code: self.status.as_u16(),
-            message: self.message,
-            error_code: self.error_code.map(str::to_owned),
-        };
-        let mut response = (self.status, Json(body)).into_response();
+        let (status, retry) = (self.status, self.retry);
+        let mut response = (status, Json(self.into_body())).into_response();
         response.extensions_mut().insert(reason);
         let headers = response.headers_mut();
-        match self.retry {
+        match retry {
             Some(Retry::After(seconds)) => {
                 headers.insert(SHOULD_RETRY, HeaderValue::from_static("true"));
                 headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));

@@ -25,15 +25,9 @@ const DELETE: MethodFilter = MethodFilter::DELETE;
 
 /// One line moves out of here with the handler that makes it true.
 const LATER: &[(MethodFilter, &str)] = &[
-    (POST, "/sandboxes/{id}/pause"),
-    (POST, "/sandboxes/{id}/resume"),
-    (POST, "/sandboxes/{id}/fork"),
-    (POST, "/sandboxes/{id}/snapshots"),
-    (GET, "/snapshots"),
     (GET, "/default-templates"),
     (POST, "/templates"),
     (POST, "/templates/{id}"),
-    (DELETE, "/templates/{id}"),
     (PATCH, "/templates/{id}"),
     (PATCH, "/v2/templates/{id}"),
     (POST, "/v2/templates"),
@@ -88,6 +82,11 @@ async fn not_yet_of_sandbox(
 }
 
 async fn not_yet(method: Method, uri: Uri) -> ApiError {
-    let message = format!("{method} {} is not supported by this server yet", uri.path());
+    not_supported(&format!("{method} {}", uri.path()))
+}
+
+/// The answer to a request for `what`, which comes later.
+pub(super) fn not_supported(what: &str) -> ApiError {
+    let message = format!("{what} is not supported by this server yet");
     ApiError::new(StatusCode::NOT_IMPLEMENTED, message)
 }

@@ -18,7 +18,7 @@ use super::page::{Position, Wanted, bad_token};
 use super::query::{Query, metadata_filter};
 use super::shapes;
 use crate::app::App;
-use crate::live::{Key, Order, Range, Sandbox};
+use crate::live::{Key, Order, Range, Sandbox, States};
 use crate::team::Team;
 use crate::templates::Reference;
 
@@ -26,6 +26,9 @@ use crate::templates::Reference;
 const NEXT_TOKEN: HeaderName = HeaderName::from_static("x-next-token");
 /// Running sandboxes that match, whatever the page.
 const TOTAL_RUNNING: HeaderName = HeaderName::from_static("x-total-running");
+
+const EVERY: States = States { running: true, paused: true };
+const RUNNING: States = States { running: true, paused: false };
 
 type Answer = Result<Response, ApiError>;
 
@@ -51,7 +54,7 @@ pub(crate) async fn list_v1(
 ) -> Answer {
     let filter = Filter { metadata: metadata(&query)?, template: None };
     let all = Range { order: Order::NewestFirst, after: None, started_from: None };
-    let found = app.live.list(&team.id, clock::now(), &all);
+    let found = app.live.list(&team.id, clock::now(), &all, RUNNING);
     let matching = found.iter().filter(|sandbox| filter.lets_through(sandbox));
     let listed: Vec<_> = matching.map(|sandbox| shapes::listed(sandbox)).collect();
     Ok(JsonAnswer(listed).into_response())
@@ -92,11 +95,8 @@ pub(crate) async fn list_v2(
         after: wanted.after().map(key).transpose()?,
         started_from: query.exact("startedAfter").map(parse_time).transpose()?,
     };
-    let shows_running = wants_running(&query)?;
-    let (mut page, total) = page(&app, &team, &range, &filter, wanted.limit());
-    if !shows_running {
-        page.clear();
-    }
+    let states = states(&query)?;
+    let (mut page, total) = page(&app, &team, (&range, states), &filter, wanted.limit());
     let has_more = page.len() > wanted.limit();
     page.truncate(wanted.limit());
     let last = page.last().filter(|_| has_more);
@@ -107,22 +107,22 @@ pub(crate) async fn list_v2(
     Ok((headers, JsonAnswer(listed)).into_response())
 }
 
-/// One sandbox more than `limit`, if there are as many, and how many match on all pages.
+/// One sandbox more than `limit`, if there are as many, and how many running ones match on all pages.
 fn page(
     app: &App,
     team: &Team,
-    range: &Range,
+    (range, states): (&Range, States),
     filter: &Filter,
     limit: usize,
 ) -> (Vec<Arc<Sandbox>>, usize) {
     let now = clock::now();
     if filter.is_empty() && range.started_from.is_none() {
         // The index knows the count, so only the page is touched.
-        return app.live.page(&team.id, now, range, limit + 1);
+        return app.live.page(&team.id, now, range, states, limit + 1);
     }
     // Counting the matches means to look at all of them; the table is not locked meanwhile.
     let all_pages = Range { after: None, ..range.clone() };
-    let found = app.live.list(&team.id, now, &all_pages);
+    let found = app.live.list(&team.id, now, &all_pages, EVERY);
     let is_after = |sandbox: &Sandbox| {
         range.after.as_ref().is_none_or(|after| {
             let order = (sandbox.started_at, &sandbox.id).cmp(&(after.0, &after.1));
@@ -134,8 +134,10 @@ fn page(
     };
     let (mut page, mut total) = (Vec::new(), 0);
     for sandbox in found.iter().filter(|sandbox| filter.lets_through(sandbox)) {
-        total += 1;
-        if page.len() <= limit && is_after(sandbox) {
+        let runs = sandbox.asleep_since.is_none();
+        total += usize::from(runs);
+        let is_wanted = if runs { states.running } else { states.paused };
+        if is_wanted && page.len() <= limit && is_after(sandbox) {
             page.push(Arc::clone(sandbox));
         }
     }
@@ -175,14 +177,17 @@ fn metadata(query: &Query) -> Result<BTreeMap<String, String>, ApiError> {
     Ok(query.get("metadata").map(metadata_filter).transpose()?.unwrap_or_default())
 }
 
-/// Whether the `state` filter lets running sandboxes through; without one everything passes.
-fn wants_running(query: &Query) -> Result<bool, ApiError> {
-    let mut states = query.list("state").peekable();
-    let mut running = states.peek().is_none();
-    for state in states {
+/// What the `state` filter lets through; without one that is everything.
+fn states(query: &Query) -> Result<States, ApiError> {
+    let mut named = query.list("state").peekable();
+    if named.peek().is_none() {
+        return Ok(EVERY);
+    }
+    let mut states = States { running: false, paused: false };
+    for state in named {
         match state {
-            "running" => running = true,
-            "paused" => {}
+            "running" => states.running = true,
+            "paused" => states.paused = true,
             _ => {
                 return Err(ApiError::bad_request(
                     "the parameter 'state' may name running and paused",
@@ -190,7 +195,7 @@ fn wants_running(query: &Query) -> Result<bool, ApiError> {
             }
         }
     }
-    Ok(running)
+    Ok(states)
 }
 
 fn parse_time(text: &str) -> Result<UnixMillis, ApiError> {

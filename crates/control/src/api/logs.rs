@@ -8,7 +8,7 @@ use axum::Json as JsonAnswer;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use belljar_daemon::clock;
-use belljar_domain::UnixMillis;
+use belljar_domain::{Kind, UnixMillis};
 use belljar_wire::rest;
 
 use super::auth::Caller;
@@ -112,11 +112,12 @@ async fn entries(
         .live
         .find(&named.id, &team.id, clock::now())
         .ok_or_else(|| ApiError::no_sandbox(&named.text))?;
-    app.node_of(&sandbox)
-        .rpc
-        .logs(&sandbox.id, wanted)
-        .await
-        .map_err(|error| ApiError::of_sandbox(error.kind(), &error, &named.text))
+    let is_paused = sandbox.asleep_since.is_some();
+    match app.node_of(&sandbox).rpc.logs(&sandbox.id, wanted).await {
+        // A node keeps no lines of what it does not run.
+        Err(error) if is_paused && error.kind() == Kind::NotFound => Ok(Vec::new()),
+        lines => lines.map_err(|error| ApiError::of_sandbox(error.kind(), &error, &named.text)),
+    }
 }
 
 fn time(query: &Query, name: &str) -> Result<Option<UnixMillis>, ApiError> {

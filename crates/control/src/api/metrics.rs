@@ -52,7 +52,7 @@ pub(crate) async fn of_one(
     let (start, end) = range(&query)?;
     let sandbox = app
         .live
-        .find(&named.id, &team.id, clock::now())
+        .find_running(&named.id, &team.id, clock::now())
         .ok_or_else(|| ApiError::no_sandbox(&named.text))?;
     let samples = app
         .node_of(&sandbox)
@@ -89,7 +89,7 @@ pub(crate) async fn of_many(
     let mut by_node: HashMap<NodeIx, Vec<SandboxId>> = HashMap::new();
     for text in asked {
         let Ok(id) = text.parse::<SandboxId>() else { continue };
-        if let Some(sandbox) = app.live.find(&id, &team.id, now) {
+        if let Some(sandbox) = app.live.find_running(&id, &team.id, now) {
             by_node.entry(sandbox.node).or_default().push(id);
         }
     }

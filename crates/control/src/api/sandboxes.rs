@@ -28,8 +28,8 @@ use crate::lifecycle::{self, NewEnd};
 use crate::team::Team;
 
 /// Seconds to live when a request does not say. Source: contract section 9.
-const DEFAULT_SECONDS_V1: i64 = 15;
-const DEFAULT_SECONDS_V2: i64 = 300;
+pub(super) const DEFAULT_SECONDS_V1: i64 = 15;
+pub(super) const DEFAULT_SECONDS_V2: i64 = 300;
 /// Bounds of a refresh. Source: contract section 1.2.
 const MIN_REFRESH_SECONDS: i64 = 15;
 const MAX_REFRESH_SECONDS: i64 = 3600;
@@ -147,7 +147,7 @@ pub(crate) async fn detail(
     Ok(JsonAnswer(shapes::detail(&app, &sandbox)).into_response())
 }
 
-/// Ends a sandbox and all it holds.
+/// Ends a sandbox, running or paused, and all it holds.
 #[utoipa::path(
     delete, path = "/sandboxes/{id}", tag = "sandboxes", params(Named),
     responses(
@@ -163,56 +163,6 @@ pub(crate) async fn kill(
 ) -> Answer {
     lifecycle::kill(&app, &team, &named.id).await.map_err(|e| ApiError::of_end(&e, &named.text))?;
     Ok(StatusCode::NO_CONTENT.into_response())
-}
-
-/// Connects to a sandbox: its end moves to at least the given time from now, never closer.
-#[utoipa::path(
-    post, path = "/sandboxes/{id}/connect", tag = "sandboxes", params(Named),
-    request_body = rest::ConnectSandbox,
-    responses(
-        (status = 200, description = "It was running", body = rest::Sandbox),
-        (status = 404, description = "There is no such sandbox"),
-        (status = 409, description = "It is changing; try again"),
-        (status = 504, description = "Its node did not answer in time"),
-    ),
-)]
-pub(crate) async fn connect_v1(
-    State(app): State<Arc<App>>,
-    Extension(team): Caller,
-    named: Named,
-    Json(body): Json<rest::ConnectSandbox>,
-) -> Answer {
-    connect_with(&app, &team, &named, body.timeout).await
-}
-
-/// Connects to a sandbox: its end moves to at least the given time from now, never closer.
-#[utoipa::path(
-    post, path = "/v2/sandboxes/{id}/connect", tag = "sandboxes", params(Named),
-    request_body = Option<rest::ConnectSandboxV2>,
-    responses(
-        (status = 200, description = "It was running", body = rest::Sandbox),
-        (status = 404, description = "There is no such sandbox"),
-        (status = 409, description = "It is changing; try again"),
-        (status = 504, description = "Its node did not answer in time"),
-    ),
-)]
-pub(crate) async fn connect_v2(
-    State(app): State<Arc<App>>,
-    Extension(team): Caller,
-    named: Named,
-    OptionalJson(body): OptionalJson<rest::ConnectSandboxV2>,
-) -> Answer {
-    let seconds = body.and_then(|body| body.timeout).unwrap_or(DEFAULT_SECONDS_V2);
-    connect_with(&app, &team, &named, seconds).await
-}
-
-/// A running sandbox is only ever extended by connecting.
-async fn connect_with(app: &Arc<App>, team: &Arc<Team>, named: &Named, seconds: i64) -> Answer {
-    let lifetime = create::lifetime(seconds, team.limits.max_length())?;
-    let sandbox = lifecycle::move_end(app, team, &named.id, NewEnd::NotBefore(lifetime))
-        .await
-        .map_err(|e| ApiError::of_end(&e, &named.text))?;
-    Ok(JsonAnswer(shapes::sandbox(app, &sandbox)).into_response())
 }
 
 /// Moves the end of a sandbox to the given time from now, closer or further.

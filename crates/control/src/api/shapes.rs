@@ -5,7 +5,8 @@ use belljar_wire::rest;
 
 use crate::app::App;
 use crate::live::Sandbox;
-use crate::store::Spawned;
+use crate::store::{DEFAULT_TAG, SnapshotName, SnapshotRecord, Spawned};
+use crate::team::Team;
 use crate::templates::Template;
 
 /// Required in every answer, means nothing. Source: contract section 1.1.
@@ -30,20 +31,26 @@ pub(crate) fn sandbox(app: &App, sandbox: &Sandbox) -> rest::Sandbox {
 }
 
 pub(crate) fn listed(sandbox: &Sandbox) -> rest::ListedSandbox {
+    let unresponsive = sandbox.pause().is_some_and(|saved| saved.guest_unresponsive);
     rest::ListedSandbox {
         template_id: sandbox.template.to_string(),
         sandbox_id: sandbox.id.to_string(),
         client_id: CLIENT_ID.to_owned(),
         started_at: time(sandbox.started_at),
-        end_at: time(sandbox.end_at),
+        // A paused one has no end ahead: it shows when it was paused.
+        end_at: time(sandbox.asleep_since.unwrap_or(sandbox.end_at)),
         cpu_count: sandbox.vcpus.0,
         memory_mb: sandbox.memory.0,
         disk_size_mb: sandbox.disk.0,
-        state: rest::SandboxState::Running,
+        state: match sandbox.asleep_since {
+            Some(_) => rest::SandboxState::Paused,
+            None => rest::SandboxState::Running,
+        },
         envd_version: sandbox.envd_version.to_string(),
         alias: sandbox.alias.clone(),
         metadata: Some(sandbox.metadata.to_map()),
         volume_mounts: None,
+        envd_unresponsive_at_pause: unresponsive.then_some(true),
     }
 }
 
@@ -54,7 +61,23 @@ pub(crate) fn detail(app: &App, sandbox: &Sandbox) -> rest::SandboxDetail {
         allow_internet_access: Some(sandbox.allow_internet),
         domain: app.config.public_domain.clone(),
         network: None,
-        lifecycle: Some(rest::Lifecycle { auto_resume: false, on_timeout: "kill".to_owned() }),
+        lifecycle: Some(rest::Lifecycle {
+            auto_resume: sandbox.lifecycle.auto_resume,
+            on_timeout: if sandbox.pauses_at_end() { "pause" } else { "kill" }.to_owned(),
+        }),
+        pause_mode: sandbox.pause().map(|saved| match saved.filesystem_only {
+            true => rest::PauseMode::Filesystem,
+            false => rest::PauseMode::Full,
+        }),
+    }
+}
+
+pub(crate) fn snapshot(team: &Team, record: &SnapshotRecord) -> rest::SnapshotInfo {
+    let name = |name: &SnapshotName| format!("{}/{}:{}", team.slug, name.name, name.tag);
+    rest::SnapshotInfo {
+        // Not its name, which a later snapshot may take from it.
+        snapshot_id: format!("{}:{DEFAULT_TAG}", record.template),
+        names: record.name.iter().map(name).collect(),
     }
 }
 

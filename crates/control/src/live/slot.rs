@@ -92,6 +92,11 @@ impl Slot {
         Err(EndedEarly)
     }
 
+    /// Gives the place back under the table's lock.
+    pub(super) fn give_back_in(&mut self, inner: &mut Inner) {
+        Self::give_back(self.place.take(), inner);
+    }
+
     fn give_back(place: Option<Place>, inner: &mut Inner) {
         let Some(place) = place else { return };
         if let Some(attempt) = place.attempt {

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use belljar_domain::{MiB, UnixMillis, Vcpus};
 use belljar_wire::rest::LogLevel;
 use belljar_wire::rpc::belljar::node::v1::{
-    self as pb, Capacity, DescribeResponse, NodeStatus, ReclaimedSandbox, SandboxInfo, TemplateInfo,
+    self as pb, Capacity, DescribeResponse, NodeStatus, ReclaimedSandbox, SandboxInfo,
+    SnapshotInfo, TemplateInfo,
 };
 use tracing::warn;
 
 use super::{Description, LogEntry, Reclaimed};
-use crate::live::Observed;
+use crate::live::{Kept, Observed};
 use crate::placement::Taken;
 use crate::templates::Template;
 
@@ -23,6 +24,7 @@ pub(super) fn reason(text: &str) -> &'static str {
         "crashed" => "crashed",
         "shutdown" => "shutdown",
         "lost" => "lost",
+        "paused" => "paused",
         _ => "unknown",
     }
 }
@@ -68,6 +70,33 @@ pub(super) fn reclaimed(info: &ReclaimedSandbox) -> Result<Reclaimed, String> {
         },
         at: UnixMillis(info.reclaimed_at_unix_ms),
         reason: reason(&info.reason),
+    })
+}
+
+pub(super) fn readable_snapshot(info: &SnapshotInfo) -> Option<Kept> {
+    snapshot(info)
+        .inspect_err(|reason| warn!(snapshot = info.snapshot_id, reason, "unreadable snapshot"))
+        .ok()
+}
+
+pub(super) fn snapshot(info: &SnapshotInfo) -> Result<Kept, String> {
+    Ok(Kept {
+        id: info.snapshot_id.parse().map_err(text)?,
+        sandbox: info.sandbox_id.parse().map_err(text)?,
+        execution: info.execution_id.parse().map_err(text)?,
+        template: info.template_id.parse().map_err(text)?,
+        build: info.build_id.parse().map_err(text)?,
+        is_pause: info.paused,
+        filesystem_only: info.filesystem_only,
+        guest_unresponsive: info.guest_unresponsive,
+        vcpus: Vcpus(info.vcpus),
+        memory: MiB(info.memory_mib),
+        disk: MiB(info.disk_mib),
+        envd_version: info.envd_version.as_str().into(),
+        terms: info.terms.clone(),
+        started_at: UnixMillis(info.started_at_unix_ms),
+        created_at: UnixMillis(info.created_at_unix_ms),
+        own_bytes: info.own_bytes,
     })
 }
 
@@ -131,6 +160,7 @@ pub(super) fn template(info: TemplateInfo) -> Result<Template, String> {
         disk: MiB(info.disk_mib),
         envd_version: info.envd_version.into(),
         created_at: UnixMillis(info.created_at_unix_ms),
+        cold_boot: false,
     })
 }
 

@@ -1,16 +1,19 @@
 //! Runs of sandboxes: written behind the live table, read to adopt what still runs after a restart.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use belljar_domain::{ExecutionId, MiB, SandboxId, UnixMillis, Vcpus};
 
 use tracing::warn;
 
 use super::events::Recorder;
+use super::snapshots::{forget_pause, write_pause};
 use super::{Store, StoreError, Tx, corrupt, during, on_pool, on_tx};
 use crate::event::{Event, Run};
 use crate::live::{Sandbox, Terms};
 use crate::team::TeamId;
+use crate::terms::plain_lifecycle;
 use crate::writer::{Change, Noted};
 
 /// What the store remembers of a run that a node cannot tell.
@@ -61,6 +64,9 @@ impl TryFrom<Stored> for RunRow {
                     .into(),
                 secure: row.secure,
                 allow_internet: row.allow_internet,
+                // The node keeps the rest; a run of a time before that had neither.
+                lifecycle: plain_lifecycle(),
+                env_vars: Arc::default(),
             },
             end_at: UnixMillis(row.end_at_ms),
         })
@@ -133,7 +139,11 @@ async fn write(tx: &mut Tx, noted: &Noted) -> Result<Option<Event>, StoreError> 
     Ok(match &noted.change {
         Change::Started(sandbox) => {
             let is_new = write_start(tx, sandbox).await.map_err(during(WHAT))?;
-            is_new.then(|| Event::created(Run::from(&**sandbox)))
+            let run = is_new.then(|| Run::from(&**sandbox));
+            run.map(|run| match sandbox.saved {
+                Some(_) => Event::resumed(run),
+                None => Event::created(run),
+            })
         }
         Change::EndMoved { execution, end_at } => {
             let row = write_move(tx, execution, *end_at).await.map_err(during(WHAT))?;
@@ -142,8 +152,31 @@ async fn write(tx: &mut Tx, noted: &Noted) -> Result<Option<Event>, StoreError> 
         }
         Change::Ended { execution, at, reason } => {
             let row = write_end(tx, execution, *at, reason).await.map_err(during(WHAT))?;
+            if let Some(row) = &row {
+                forget_pause(tx, &row.sandbox_id).await.map_err(during(WHAT))?;
+            }
             let run = row.map(Run::try_from).transpose()?;
             run.map(|run| Event::killed(run, *at, reason))
+        }
+        Change::Paused(sandbox) => {
+            let at = sandbox.saved.as_ref().map_or(noted.at, |saved| saved.at);
+            let row = write_end(tx, &sandbox.execution, at, "paused").await;
+            let row = row.map_err(during(WHAT))?;
+            write_pause(tx, sandbox).await.map_err(during(WHAT))?;
+            let run = row.map(Run::try_from).transpose()?;
+            run.map(|run| Event::paused(run, at))
+        }
+        Change::Lapsed { execution, at, reason } => {
+            let row = write_end(tx, execution, *at, reason).await.map_err(during(WHAT))?;
+            let run = row.map(Run::try_from).transpose()?;
+            run.map(|run| Event::paused(run, *at))
+        }
+        Change::Copied { sandbox, at, snapshot } => {
+            Some(Event::checkpointed(Run::from(&**sandbox), *at, snapshot))
+        }
+        Change::Discarded { sandbox, at, reason } => {
+            let forgotten = forget_pause(tx, sandbox.id.as_str()).await.map_err(during(WHAT))?;
+            forgotten.then(|| Event::discarded(Run::from(&**sandbox), *at, reason))
         }
     })
 }

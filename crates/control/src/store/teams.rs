@@ -48,7 +48,7 @@ pub(crate) enum TeamError {
     SlugTaken { slug: String },
     #[error("there is no tier '{tier}'")]
     NoTier { tier: String },
-    #[error("the team still has {running} running sandboxes: kill them first")]
+    #[error("the team still has {running} running or paused sandboxes: kill them first")]
     HasSandboxes { running: u64 },
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -257,14 +257,15 @@ impl Store {
         self.team(id).await?.ok_or(TeamError::NotFound)
     }
 
-    /// Removes a team and all that is its own: keys, events, webhooks, usage, ended runs. How often
-    /// templates were used stays.
+    /// Removes a team and all that is its own: keys, events, webhooks, usage, ended runs, snapshots.
+    /// How often templates were used stays.
     pub(crate) async fn delete_team(&self, id: &TeamId) -> Result<(), TeamError> {
         const WHAT: &str = "remove a team";
         let (mut tx, id) = (self.begin(WHAT).await?, id.to_string());
         let running: i64 = on_tx!(&mut tx, connection => {
             sqlx::query_scalar(
-                "SELECT COUNT(*) FROM sandboxes WHERE team_id = $1 AND ended_at_ms IS NULL",
+                "SELECT (SELECT COUNT(*) FROM sandboxes WHERE team_id = $1 AND ended_at_ms IS NULL) \
+                 + (SELECT COUNT(*) FROM snapshots WHERE team_id = $1 AND kind = 'paused')",
             )
             .bind(&id)
             .fetch_one(&mut *connection)

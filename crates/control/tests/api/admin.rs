@@ -89,7 +89,7 @@ async fn a_team_with_sandboxes_stays_and_is_not_left_blocked() {
     let made = keyed.post("/v2/sandboxes", r#"{"templateID":"base"}"#).await;
     assert_eq!(made.status, 201, "{}", made.text);
     let path = format!("/admin/teams/{team}");
-    rig.admin("DELETE", &path, Value::Null).await.assert_error(409, "1 running sandboxes");
+    rig.admin("DELETE", &path, Value::Null).await.assert_error(409, "1 running or paused sandboxes");
     assert_eq!(keyed.get("/sandboxes").await.status, 200, "it can go on");
     let counts = rig.admin("GET", "/admin/sandboxes/running-counts", Value::Null).await.json();
     assert_eq!(counts, json!({team.as_str(): 1}));
@@ -265,7 +265,8 @@ async fn without_an_operator_s_token_nobody_is_the_operator() {
     let client = crate::support::client::Client::new(listener.local_addr().expect("one"), "");
     let routes: Arc<dyn RouteSink> = Arc::new(Routes::default());
     let node_sockets = vec![dir.path().join("node.sock")];
-    let deps = Deps { node_sockets, routes, admin_token: None, store: store.clone() };
+    let store_of = store.clone();
+    let deps = Deps { node_sockets, routes, admin_token: None, wake: None, store: store_of };
     let scope = belljar_daemon::Scope::root("test");
     let serving = belljar_control::serve(config(), deps, listener, scope.clone());
     let asking = async {

@@ -182,7 +182,7 @@ async fn bad_requests_are_told_what_is_wrong() {
         (r#"{"templateID":"base","timeout":"5"}"#, 400, "the field 'timeout'"),
         (r#"{"templateID":"base","metadata":{"a":1}}"#, 400, "the field 'metadata.a'"),
         (r#"{"templateID":"base","envVars":{"A=":""}}"#, 400, "the field 'envVars'"),
-        (r#"{"templateID":"base","autoPause":true}"#, 400, "the field 'autoPause'"),
+        (r#"{"templateID":"base","autoPauseMemory":false}"#, 400, "the field 'autoPauseMemory'"),
         (
             r#"{"templateID":"base","network":{"allowPublicTraffic":false}}"#,
             400,

@@ -348,7 +348,8 @@ async fn without_a_node_it_does_not_start() {
     let store = Store::open(&dir.path().join("control.db")).await.expect("a store");
     let routes: Arc<dyn RouteSink> = Arc::new(Routes::default());
     let node_sockets = vec![dir.path().join("node.sock")];
-    let deps = Deps { node_sockets, routes, admin_token: None, store: store.clone() };
+    let store_of = store.clone();
+    let deps = Deps { node_sockets, routes, admin_token: None, wake: None, store: store_of };
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let scope = Scope::root("test");
     let brief = Config { node_wait: Duration::from_millis(200), ..config() };

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use belljar_daemon::{OnError, Scope};
 use belljar_domain::{ExecutionId, SandboxId, Secret};
-use belljar_proxy::{Config, Deps, MemoryCatalog, Target, serve};
+use belljar_proxy::{Config, Deps, MemoryCatalog, Target, Wake, serve};
 use belljar_testkit::LogOracle;
 use bytes::Bytes;
 use futures::channel::mpsc;
@@ -59,12 +59,27 @@ pub(crate) struct Rig {
 
 impl Rig {
     pub(crate) async fn start(config: Config) -> Rig {
+        Rig::start_with(config, |_| None).await
+    }
+
+    /// One that resumes sandboxes by what `sleeper` makes of the catalog.
+    pub(crate) async fn start_waking<W: Wake>(
+        config: Config,
+        sleeper: impl FnOnce(Arc<MemoryCatalog>) -> Arc<W>,
+    ) -> Rig {
+        Rig::start_with(config, |catalog| Some(sleeper(catalog) as Arc<dyn Wake>)).await
+    }
+
+    async fn start_with(
+        config: Config,
+        wake: impl FnOnce(Arc<MemoryCatalog>) -> Option<Arc<dyn Wake>>,
+    ) -> Rig {
         let logs = LogOracle::install();
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("bind");
         let address = listener.local_addr().expect("a bound listener has an address");
         let scope = Scope::root("test proxy");
         let catalog = Arc::new(MemoryCatalog::new());
-        let deps = Deps { routes: catalog.clone() };
+        let deps = Deps { routes: catalog.clone(), wake: wake(catalog.clone()) };
         let serving = serve(config, deps, listener, scope.clone());
         scope.spawn("proxy", OnError::FailScope, serving);
         Rig { address, catalog, scope, logs }

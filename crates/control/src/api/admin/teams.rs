@@ -148,7 +148,8 @@ async fn close_and_remove(app: &Arc<App>, id: &str) -> Result<(), ApiError> {
 
 async fn remove(app: &App, team: &TeamId) -> Result<(), ApiError> {
     // Those that start are in the one count, those on their way out in the other.
-    let held = app.live.all().iter().filter(|sandbox| sandbox.team == *team).count();
+    let held = [app.live.all(), app.live.all_paused()].concat();
+    let held = held.iter().filter(|sandbox| sandbox.team == *team).count();
     let running = app.live.count(team, clock::now()).max(held);
     if running > 0 {
         let running = u64::try_from(running).unwrap_or(u64::MAX);

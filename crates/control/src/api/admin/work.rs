@@ -21,7 +21,7 @@ const KILLS_AT_ONCE: usize = 16;
 
 type Answer = Result<Response, ApiError>;
 
-/// Kills every sandbox of a team, and answers when nothing is left of them. One that is still
+/// Kills every sandbox of a team, running or paused, and answers when nothing is left of them. One that is still
 /// starting is not among them: block the team first, and ask again.
 #[utoipa::path(
     post, path = "/admin/teams/{teamID}/sandboxes/kill", tag = "admin",
@@ -36,7 +36,8 @@ pub(crate) async fn kill_sandboxes(
     Segments(id): Segments<String>,
 ) -> Answer {
     let team = Arc::new(team_named(&app, &id).await?.team);
-    let mine = app.live.all().into_iter().filter(|sandbox| sandbox.team == team.id);
+    let all = [app.live.all(), app.live.all_paused()].concat();
+    let mine = all.into_iter().filter(|sandbox| sandbox.team == team.id);
     let kills = mine.map(|sandbox| {
         let (app, team) = (Arc::clone(&app), Arc::clone(&team));
         async move { lifecycle::kill(&app, &team, &sandbox.id).await }

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use belljar_control::{ApiKey, Config, Deps, Route, RouteSink, ServeError, Store};
+use belljar_control::{ApiKey, Config, Deps, Route, RouteSink, ServeError, Store, WakeCaller};
 use belljar_daemon::{OnError, Scope};
 use belljar_domain::SandboxId;
 use serde_json::{Value, json};
@@ -52,6 +52,7 @@ impl Routes {
 /// A control plane that runs.
 pub(crate) struct Control {
     pub(crate) routes: Arc<Routes>,
+    pub(crate) wake: WakeCaller,
     pub(crate) address: SocketAddr,
     pub(crate) client: Client,
     pub(crate) store: Store,
@@ -78,10 +79,12 @@ impl Control {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("its address");
         let routes = Arc::new(Routes::default());
+        let (wake, door) = belljar_control::wake_door();
         let deps = Deps {
             node_sockets,
             routes: routes.clone() as Arc<dyn RouteSink>,
             admin_token: Some(ADMIN_TOKEN.parse().expect("an admin token")),
+            wake: Some(door),
             store: store.clone(),
         };
         let scope = Scope::root("test control");
@@ -92,7 +95,7 @@ impl Control {
             Ok::<(), Infallible>(())
         });
         let client = Client::new(address, &key.expose());
-        let control = Control { routes, address, client, store, scope, outcome };
+        let control = Control { routes, wake, address, client, store, scope, outcome };
         let health = control.client.get("/health").await;
         assert_eq!((health.status, health.text.as_str()), (200, "Health check successful"));
         control

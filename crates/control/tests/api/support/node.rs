@@ -1,20 +1,22 @@
 //! A node that keeps a map instead of machines, behind the real node RPC on a unix socket.
 
-use std::collections::HashMap;
+mod state;
+
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use belljar_daemon::{OnError, Scope, clock};
+use belljar_daemon::{OnError, Scope};
 use belljar_wire::rpc::belljar::node::v1::{
-    CreateSandboxRequest, CreateSandboxResponse, DescribeRequest, DescribeResponse,
-    ForgetReclaimedRequest, ForgetReclaimedResponse, KillSandboxRequest, KillSandboxResponse,
-    ListReclaimedRequest, ListReclaimedResponse, ListSandboxesRequest, ListSandboxesResponse,
-    ListTemplatesRequest, ListTemplatesResponse, LogEntry, MetricsSample, NodeService,
-    NodeServiceExt as _, NodeStatus, ReclaimedSandbox, SandboxInfo, SandboxLogsRequest,
+    CreateSandboxRequest, CreateSandboxResponse, DeleteSnapshotRequest, DeleteSnapshotResponse,
+    DescribeRequest, DescribeResponse, ForgetReclaimedRequest, ForgetReclaimedResponse,
+    KillSandboxRequest, KillSandboxResponse, ListReclaimedRequest, ListReclaimedResponse,
+    ListSandboxesRequest, ListSandboxesResponse, ListSnapshotsRequest, ListSnapshotsResponse,
+    ListTemplatesRequest, ListTemplatesResponse, MetricsSample, NodeService, NodeServiceExt as _,
+    PauseSandboxRequest, PauseSandboxResponse, SandboxInfo, SandboxLogsRequest,
     SandboxLogsResponse, SandboxMetricsRequest, SandboxMetricsResponse, SandboxSamples,
     SetNodeStatusRequest, SetNodeStatusResponse, SetSandboxEndRequest, SetSandboxEndResponse,
-    StartingSandbox, TemplateInfo, WatchSandboxesRequest, WatchSandboxesResponse,
+    SnapshotSandboxRequest, SnapshotSandboxResponse, WatchSandboxesRequest, WatchSandboxesResponse,
     watch_sandboxes_response,
 };
 use connectrpc::{
@@ -26,14 +28,13 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::UnixListener;
-use tokio::sync::{broadcast, watch};
 
 use super::PATIENCE;
+use state::ended;
+pub(crate) use state::{BUILD_ID, State, TEMPLATE_ID, sandbox_info, template};
 
-pub(crate) const TEMPLATE_ID: &str = "basebasebasebasebase";
 /// Sandboxes of one answer.
 const PAGE: usize = 3;
-pub(crate) const BUILD_ID: &str = "6f2b8a52-9d0f-4a43-a0bb-5d2f6b7f8c11";
 
 pub(crate) struct FakeNode {
     pub(crate) state: Arc<State>,
@@ -41,66 +42,9 @@ pub(crate) struct FakeNode {
     scope: Scope,
 }
 
-/// What the node holds, and how it misbehaves.
-pub(crate) struct State {
-    pub(crate) sandboxes: Mutex<HashMap<String, SandboxInfo>>,
-    /// Every create that was asked for.
-    pub(crate) creates: Mutex<Vec<CreateSandboxRequest>>,
-    /// The answer to the next create, if not the usual one.
-    pub(crate) next_create: Mutex<Option<ConnectError>>,
-    /// Report a created sandbox as ended before answering the create.
-    pub(crate) end_at_once: Mutex<bool>,
-    /// While true, creates wait.
-    pub(crate) hold_creates: watch::Sender<bool>,
-    /// Every end that was set, with whose it was, in order.
-    pub(crate) ends_set: Mutex<Vec<(String, i64)>>,
-    /// While true, ends are moved and nobody is told.
-    pub(crate) hold_end_moves: watch::Sender<bool>,
-    /// What it says starts, with the sandboxes.
-    pub(crate) starting: Mutex<Vec<StartingSandbox>>,
-    /// How often it was asked what it holds.
-    pub(crate) lists: watch::Sender<u64>,
-    pub(crate) more_templates: Mutex<Vec<TemplateInfo>>,
-    /// The log of every sandbox.
-    pub(crate) log: Mutex<Vec<LogEntry>>,
-    /// Every question for it.
-    pub(crate) log_requests: Mutex<Vec<SandboxLogsRequest>>,
-    /// Ends of an earlier run that nobody has recorded yet.
-    pub(crate) reclaimed: Mutex<Vec<ReclaimedSandbox>>,
-    /// What each sandbox used.
-    pub(crate) samples: Mutex<HashMap<String, Vec<MetricsSample>>>,
-    /// What the node was told to be.
-    pub(crate) status: Mutex<NodeStatus>,
-    /// What it says of itself but for its status and its sandboxes.
-    pub(crate) description: Mutex<DescribeResponse>,
-    ended: broadcast::Sender<watch_sandboxes_response::Ended>,
-}
-
 impl FakeNode {
     pub(crate) async fn start(socket: &Path) -> FakeNode {
-        let state = Arc::new(State {
-            sandboxes: Mutex::default(),
-            creates: Mutex::default(),
-            next_create: Mutex::default(),
-            end_at_once: Mutex::default(),
-            hold_creates: watch::channel(false).0,
-            ends_set: Mutex::default(),
-            hold_end_moves: watch::channel(false).0,
-            starting: Mutex::default(),
-            lists: watch::channel(0).0,
-            more_templates: Mutex::default(),
-            log: Mutex::default(),
-            log_requests: Mutex::default(),
-            reclaimed: Mutex::default(),
-            samples: Mutex::default(),
-            status: Mutex::new(NodeStatus::NODE_STATUS_READY),
-            description: Mutex::new(DescribeResponse {
-                node_id: "fake".to_owned(),
-                tier: "fake".to_owned(),
-                ..Default::default()
-            }),
-            ended: broadcast::channel(64).0,
-        });
+        let state = Arc::new(State::empty());
         FakeNode::serve(socket, state).await
     }
 
@@ -147,82 +91,6 @@ impl FakeNode {
     }
 }
 
-impl State {
-    /// A sandbox ends by itself.
-    pub(crate) fn end(&self, id: &str, reason: &str) {
-        let gone = self.sandboxes.lock().expect("no panic holds it").remove(id).expect("it runs");
-        self.report(&gone, reason);
-    }
-
-    /// Ends a sandbox without telling anybody; whoever gets what is answered may tell it later.
-    pub(crate) fn end_silently(&self, id: &str) -> SandboxInfo {
-        self.sandboxes.lock().expect("no panic holds it").remove(id).expect("it runs")
-    }
-
-    /// A sandbox that was asked for runs, whether or not anybody was told.
-    pub(crate) fn run(&self, asked: &CreateSandboxRequest) {
-        let mut info = sandbox_info(&asked.sandbox_id, &asked.execution_id, asked.end_at_unix_ms);
-        info.terms.clone_from(&asked.terms);
-        let mut sandboxes = self.sandboxes.lock().expect("no panic holds it");
-        sandboxes.insert(asked.sandbox_id.clone(), info);
-    }
-
-    pub(crate) fn holds(&self, id: &str) -> bool {
-        self.sandboxes.lock().expect("no panic holds it").contains_key(id)
-    }
-
-    pub(crate) fn end_of(&self, id: &str) -> i64 {
-        self.sandboxes.lock().expect("no panic holds it")[id].end_at_unix_ms
-    }
-
-    /// Tells everybody who watches that a sandbox ended.
-    pub(crate) fn report(&self, gone: &SandboxInfo, reason: &str) {
-        // Nobody listens before the first watch.
-        let _listeners = self.ended.send(watch_sandboxes_response::Ended {
-            sandbox_id: gone.sandbox_id.clone(),
-            execution_id: gone.execution_id.clone(),
-            reason: reason.to_owned(),
-            ..Default::default()
-        });
-    }
-}
-
-pub(crate) fn template(
-    id: &str,
-    build: &str,
-    aliases: &[&str],
-    created_at_ms: i64,
-) -> TemplateInfo {
-    TemplateInfo {
-        template_id: id.to_owned(),
-        build_id: build.to_owned(),
-        aliases: aliases.iter().map(|&alias| alias.to_owned()).collect(),
-        vcpus: 2,
-        memory_mib: 512,
-        disk_mib: 1024,
-        envd_version: "0.6.13".to_owned(),
-        created_at_unix_ms: created_at_ms,
-        ..Default::default()
-    }
-}
-
-pub(crate) fn sandbox_info(id: &str, execution: &str, end_at_ms: i64) -> SandboxInfo {
-    SandboxInfo {
-        sandbox_id: id.to_owned(),
-        execution_id: execution.to_owned(),
-        build_id: BUILD_ID.to_owned(),
-        template_id: TEMPLATE_ID.to_owned(),
-        route_ip: "10.11.0.7".to_owned(),
-        started_at_unix_ms: clock::now().0,
-        end_at_unix_ms: end_at_ms,
-        vcpus: 2,
-        memory_mib: 512,
-        disk_mib: 1024,
-        envd_version: "0.6.13".to_owned(),
-        ..Default::default()
-    }
-}
-
 struct Service(Arc<State>);
 
 #[expect(refining_impl_trait, reason = "each answer has one type, and naming it is clearer")]
@@ -263,9 +131,21 @@ impl NodeService for Service {
         if let Some(error) = self.0.next_create.lock().expect("no panic holds it").take() {
             return Err(error);
         }
+        if self.0.holds(&request.sandbox_id) {
+            return Err(ConnectError::already_exists("it runs here"));
+        }
+        if !self.0.has_build(&request.build_id) {
+            return Err(ConnectError::not_found("there is no such build"));
+        }
         let mut info =
             sandbox_info(&request.sandbox_id, &request.execution_id, request.end_at_unix_ms);
         info.terms = request.terms;
+        info.build_id = request.build_id;
+        info.template_id = request.template_id;
+        if let Some(auto_pause) = request.auto_pause.into_option() {
+            let mut auto_pauses = self.0.auto_pauses.lock().expect("no panic holds it");
+            auto_pauses.insert(request.sandbox_id.clone(), auto_pause);
+        }
         if *self.0.end_at_once.lock().expect("no panic holds it") {
             self.0.report(&info, "crashed");
         } else {
@@ -296,6 +176,63 @@ impl NodeService for Service {
             starting: self.0.starting.lock().expect("no panic holds it").clone(),
             ..Default::default()
         })
+    }
+
+    async fn pause_sandbox(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, PauseSandboxRequest>,
+    ) -> ServiceResult<PauseSandboxResponse> {
+        let request = request.to_owned_message();
+        self.0.pauses.lock().expect("no panic holds it").push(request.clone());
+        let of = self.0.save(&request.sandbox_id, request.require_healthy_guest).await?;
+        let kept = self.0.keep(&of, &request.snapshot_id, true, request.filesystem_only);
+        self.0.end_silently(&request.sandbox_id);
+        let _listeners = self.0.ended.send(watch_sandboxes_response::Ended {
+            snapshot: kept.clone().into(),
+            ..ended(&of, "paused")
+        });
+        Response::ok(PauseSandboxResponse { snapshot: kept.into(), ..Default::default() })
+    }
+
+    async fn snapshot_sandbox(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, SnapshotSandboxRequest>,
+    ) -> ServiceResult<SnapshotSandboxResponse> {
+        let request = request.to_owned_message();
+        let of = self.0.save(&request.sandbox_id, true).await?;
+        let kept = self.0.keep(&of, &request.snapshot_id, false, request.filesystem_only);
+        Response::ok(SnapshotSandboxResponse { snapshot: kept.into(), ..Default::default() })
+    }
+
+    async fn list_snapshots(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, ListSnapshotsRequest>,
+    ) -> ServiceResult<ListSnapshotsResponse> {
+        let after = request.to_owned_message().after_snapshot_id;
+        let snapshots = self.0.snapshots.lock().expect("no panic holds it");
+        let mut rest = snapshots.values().filter(|kept| kept.snapshot_id > after);
+        let snapshots: Vec<_> = rest.by_ref().take(PAGE).cloned().collect();
+        let last = snapshots.last().filter(|_| rest.next().is_some());
+        let next_after_snapshot_id = last.map_or_else(String::new, |kept| kept.snapshot_id.clone());
+        Response::ok(ListSnapshotsResponse {
+            snapshots,
+            next_after_snapshot_id,
+            ..Default::default()
+        })
+    }
+
+    async fn delete_snapshot(
+        &self,
+        _ctx: RequestContext,
+        request: ServiceRequest<'_, DeleteSnapshotRequest>,
+    ) -> ServiceResult<DeleteSnapshotResponse> {
+        let id = request.to_owned_message().snapshot_id;
+        let gone = self.0.snapshots.lock().expect("no panic holds it").remove(&id);
+        gone.ok_or_else(|| ConnectError::not_found("it is not kept here"))?;
+        Response::ok(DeleteSnapshotResponse::default())
     }
 
     async fn list_reclaimed(

@@ -97,6 +97,8 @@ impl Owned {
     pub(crate) async fn make(rig: &Rig) -> Owned {
         let body = r#"{"templateID":"base","timeout":3600,"metadata":{"secret":"first team's"}}"#;
         let sandbox = rig.create(body).await;
+        let snapshots = format!("/sandboxes/{sandbox}/snapshots");
+        assert_eq!(rig.control.client.post(&snapshots, "").await.status, 201);
         let team = rig.control.store.ensure_team("default").await.expect("it is there");
         let team = team.id.to_string();
         let keys = admin(rig, &format!("/admin/teams/{team}/api-keys")).await;
@@ -178,6 +180,8 @@ impl Owned {
         json!({
             "sandbox": client.get(&format!("/sandboxes/{}", self.sandbox)).await.json(),
             "list": client.get("/v2/sandboxes").await.json(),
+            "snapshots": client.get("/snapshots").await.json(),
+            "kept": rig.node.state.kept(),
             "webhooks": client.get("/events/webhooks").await.json(),
             "team": admin(rig, &format!("/admin/teams/{team}")).await,
             "members": admin(rig, &format!("/admin/teams/{team}/members")).await,

@@ -284,6 +284,98 @@ def create_with_terminal(cli, box):
             raw.api("DELETE", f"/sandboxes/{sandbox_id}")
 
 
+# --- pause, resume, snapshots -------------------------------------------------------------------
+
+NOTE = "/dev/shm/note"  # in memory, and nowhere else
+
+
+def note(cli, sandbox_id):
+    return passed(cli.run("sandbox", "exec", sandbox_id, f"cat {NOTE}")).out
+
+
+def pause_resume(cli, _box):
+    box = sandbox(colour="violet")
+    box.run(f"echo kept > {NOTE}")
+    said = passed(cli.run("sandbox", "pause", box.id))
+    true(f"Sandbox {box.id} has been paused" in said.out, f"the pause: {said}")
+    equal(detail(box.id).json()["state"], "paused", "state")
+    said = passed(cli.run("sandbox", "ps", box.id))
+    true(f"Sandbox {box.id} is already paused" in said.out, f"the second pause: {said}")
+    said = passed(cli.run("sandbox", "resume", box.id))
+    true(f"Sandbox {box.id} has been resumed" in said.out, f"the resume: {said}")
+    equal(detail(box.id).json()["state"], "running", "state after the resume")
+    equal(note(cli, box.id), "kept\n", "what was in memory")
+    passed(cli.run("sandbox", "pause", box.id))
+    equal(note(cli, box.id), "kept\n", "what a command finds that woke it")
+    for command in ("pause", "resume"):
+        refused(cli.run("sandbox", command, MISSING), f"Sandbox {MISSING} wasn't found")
+
+
+def paused_one(cli, _box):
+    box = sandbox(colour="indigo")
+    passed(cli.run("sandbox", "pause", box.id))
+    query = ("--metadata", tagged(colour="indigo"), "--format", "json", "--state")
+    for state, wanted in (("paused", [box.id]), ("running", []), ("running,paused", [box.id])):
+        listed = passed(cli.run("sandbox", "list", *query, state)).json()
+        equal([entry["sandboxId"] for entry in listed], wanted, f"{state} ones")
+    true("State: paused" in passed(cli.run("sandbox", "info", box.id)).out, "info for people")
+    said = passed(cli.run("sandbox", "kill", box.id))
+    true(f"Sandbox {box.id} has been killed" in said.out, f"kill of a paused one: {said}")
+    equal(detail(box.id).status, 404, "status after that")
+
+
+def connect_paused(cli, _box):
+    box = sandbox(colour="violet")
+    box.run(f"echo kept > {NOTE}")
+    passed(cli.run("sandbox", "pause", box.id))
+    with cli.terminal("sandbox", "connect", box.id) as terminal:
+        terminal.until(f"Terminal connecting to sandbox {box.id}")
+        terminal.type(f'echo "note-$(cat {NOTE})-$((1 + 1))"\r')
+        terminal.until("note-kept-2")
+        terminal.type("exit 0\r")
+        equal(terminal.finish(), 0, "exit code")
+    equal(detail(box.id).json()["state"], "running", "state")
+
+
+def lifecycle(cli):
+    options = ("--lifecycle.ontimeout", "pause", "--lifecycle.autoresume")
+    sandbox_id = passed(cli.run("sandbox", "create", "--detach", *options)).out.strip()
+    try:
+        wanted = {"onTimeout": "pause", "autoResume": True}
+        equal(detail(sandbox_id).json()["lifecycle"], wanted, "lifecycle")
+    finally:
+        passed(cli.run("sandbox", "kill", sandbox_id))
+
+
+def snapshots(cli, _box):
+    box, name = sandbox(colour="violet"), f"{suite.tag}-noted"
+    box.run(f"echo kept > {NOTE}")
+    said = passed(cli.run("sandbox", "snapshot", "create", box.id, "--name", name))
+    found = re.search(r"Created snapshot (\S+) from sandbox (\S+)", said.out)
+    true(found and found.group(2) == box.id, f"what was created: {said}")
+    snapshot_id, created = found.group(1), None
+    try:
+        for query in ((box.id,), ("--name", name)):
+            listed = passed(cli.run("sandbox", "snap", "list", *query, "-f", "json")).json()
+            equal([entry["snapshotId"] for entry in listed], [snapshot_id], f"listed by {query}")
+            true(any(name in one for one in listed[0]["names"]), f"names: {listed}")
+        table = passed(cli.run("sandbox", "snapshot", "list", box.id)).out
+        true("SNAPSHOT ID" in table and snapshot_id in table, f"for people: {table!r}")
+        created = passed(cli.run("sandbox", "create", snapshot_id, "--detach")).out.strip()
+        equal(note(cli, created), "kept\n", "what was in memory")
+    finally:
+        if created:
+            passed(cli.run("sandbox", "kill", created))
+        said = passed(cli.run("sandbox", "snapshot", "delete", snapshot_id))
+    true(f"Snapshot {snapshot_id} has been deleted" in said.out, f"deleted: {said}")
+    said = passed(cli.run("sandbox", "snapshot", "delete", snapshot_id))
+    true(f"Snapshot {snapshot_id} wasn't found" in said.err, f"deleted again: {said}")
+    said = passed(cli.run("sandbox", "snapshot", "list", box.id))
+    true("No snapshots found" in said.out, f"listed after that: {said}")
+    refused(cli.run("sandbox", "snapshot", "create", MISSING), f"Sandbox {MISSING} wasn't found")
+    refused(cli.run("sandbox", "create", snapshot_id, "--detach"), "not found")
+
+
 # --- logs, metrics ------------------------------------------------------------------------------
 
 
@@ -396,6 +488,9 @@ def main():
             suite.check(body.__name__, body, cli, box)
         for body in (connect, connect_as_root, connect_refused, create_with_terminal):
             suite.check(body.__name__, body, cli, box)
+        for body in (pause_resume, paused_one, connect_paused, snapshots):
+            suite.check(body.__name__, body, cli, box)
+        suite.check("lifecycle", lifecycle, cli)
         for body in (logs, metrics, follow):
             suite.check(body.__name__, body, cli, box)
         suite.check("kill", kill, cli, box, other)

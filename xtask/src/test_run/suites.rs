@@ -77,6 +77,10 @@ pub(super) const LIVE: &[Suite] = &[
     suite("live guest, python sync", Runner::Python, "python/guest_suite.py"),
     suite("live guest, python async", Runner::Python, "python/guest_suite_async.py"),
     suite("live guest, js", Runner::Node, "js/guest_suite.mjs"),
+    suite("snapshots, python sync", Runner::Python, "python/snapshots_suite.py"),
+    suite("snapshots, python async", Runner::Python, "python/snapshots_suite_async.py"),
+    suite("snapshots, js", Runner::Node, "js/snapshots_suite.mjs"),
+    suite("integrity", Runner::Python, "python/integrity.py"),
 ];
 
 /// Against a server too, beside all of the others: they mostly wait.

@@ -29,6 +29,8 @@ pub enum Op {
 pub enum Role {
     Control,
     Node,
+    /// Of a node that keeps a sandbox: `faults_keep` walks those.
+    Keeper,
 }
 
 /// What comes past a point, and whether the sandbox made before it has come past too.
@@ -61,6 +63,11 @@ pub fn ways(point: Point) -> (Role, &'static [Op], Before) {
             (Role::Node, &[Kill, Expire], Before::Missed)
         }
         P::TeardownStepUndone => (Role::Node, &[Kill, Expire], Before::Missed),
+        P::KeepDrafted
+        | P::KeepGuestPrepared
+        | P::KeepMachineStill
+        | P::KeepTaken
+        | P::KeepPublished => (Role::Keeper, &[], Before::Missed),
     }
 }
 

@@ -227,7 +227,8 @@ impl Live {
             }
             return Ended::Gone(paused);
         };
-        if started.resuming.as_ref() == Some(execution) && !started.phase.has_run() {
+        let is_resuming = started.resuming.as_ref() == Some(execution);
+        if is_resuming && matches!(started.phase, Phase::Resuming | Phase::Relapsing) {
             let _heard = inner.apply_as(id, Event::EndHeard, None).is_some();
             return Ended::NotHere;
         }

@@ -50,6 +50,7 @@ pub(crate) struct PausedRow {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct SnapshotsWanted {
     pub(crate) sandbox: Option<SandboxId>,
+    /// Their name, or the template id they are known by.
     pub(crate) name: Option<String>,
     pub(crate) tag: Option<String>,
     /// Only those after this one.
@@ -268,7 +269,7 @@ impl Store {
                 "SELECT * FROM snapshots WHERE kind = 'snapshot' AND team_id = $1 \
                  AND (created_at_ms < $2 OR (created_at_ms = $2 AND id < $3)) \
                  AND (CAST($4 AS TEXT) IS NULL OR sandbox_id = $4) \
-                 AND (CAST($5 AS TEXT) IS NULL OR name = $5) \
+                 AND (CAST($5 AS TEXT) IS NULL OR name = $5 OR template_id = $5) \
                  AND (CAST($6 AS TEXT) IS NULL OR tag = $6) \
                  ORDER BY created_at_ms DESC, id DESC LIMIT $7",
             )

@@ -89,7 +89,9 @@ async fn a_team_with_sandboxes_stays_and_is_not_left_blocked() {
     let made = keyed.post("/v2/sandboxes", r#"{"templateID":"base"}"#).await;
     assert_eq!(made.status, 201, "{}", made.text);
     let path = format!("/admin/teams/{team}");
-    rig.admin("DELETE", &path, Value::Null).await.assert_error(409, "1 running or paused sandboxes");
+    rig.admin("DELETE", &path, Value::Null)
+        .await
+        .assert_error(409, "1 running or paused sandboxes");
     assert_eq!(keyed.get("/sandboxes").await.status, 200, "it can go on");
     let counts = rig.admin("GET", "/admin/sandboxes/running-counts", Value::Null).await.json();
     assert_eq!(counts, json!({team.as_str(): 1}));

@@ -3,7 +3,7 @@
 mod support;
 
 use std::net::Ipv4Addr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use belljar_domain::SandboxId;
@@ -20,6 +20,7 @@ struct Sleeper {
     outcome: Result<(), Asleep>,
     held: watch::Sender<bool>,
     asked: AtomicUsize,
+    woken: AtomicBool,
     visitors: Mutex<Vec<Visitor>>,
 }
 
@@ -30,7 +31,8 @@ impl Wake for Sleeper {
             self.visitors.lock().expect("no panic holds it").push(visitor);
             let mut held = self.held.subscribe();
             held.wait_for(|held| !held).await.expect("it outlives its calls");
-            if self.outcome.is_ok() {
+            // One resume for all of them, and so one route.
+            if self.outcome.is_ok() && !self.woken.swap(true, Ordering::SeqCst) {
                 self.catalog.publish(id, target(self.ip, "secret"));
             }
             self.outcome
@@ -52,6 +54,7 @@ async fn start(outcome: Result<(), Asleep>, held: bool) -> (Rig, Arc<Sleeper>) {
             outcome,
             held: watch::channel(held).0,
             asked: AtomicUsize::new(0),
+            woken: AtomicBool::new(false),
             visitors: Mutex::default(),
         });
         sleeper = Some(Arc::clone(&made));

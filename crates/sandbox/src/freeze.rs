@@ -27,6 +27,10 @@ use crate::shelf::Shelf;
 use crate::snapshot::{SnapshotDraft, SnapshotMeta};
 use crate::source::Source;
 
+/// How long a guest may take to say that it goes on. It was told, so nothing but a line in the log depends
+/// on that.
+const GOES_ON_LIMIT: Duration = Duration::from_secs(5);
+
 /// How a sandbox is to be kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeepSandbox {
@@ -152,9 +156,12 @@ pub(crate) async fn keep(
 ) -> Result<Arc<SnapshotMeta>, KeepError> {
     let draft = begin(subject, order)?;
     reach(Point::KeepDrafted);
-    let unresponsive = prepare(subject, guest.control, order).await?;
-    reach(Point::KeepGuestPrepared);
-    guest.machine.freeze().await.map_err(|source| KeepError::Hold { source })?;
+    let still = stop(subject, guest, order).await;
+    if still.is_err() {
+        // It was told to be ready for this, or may hear of it yet.
+        tell(subject, guest.control).await;
+    }
+    let unresponsive = still?;
     reach(Point::KeepMachineStill);
     let frozen_at = clock::now();
     let taken = match take(subject, guest.machine, order, &draft).await {
@@ -191,6 +198,18 @@ fn begin(subject: &Subject<'_>, order: &KeepSandbox) -> Result<SnapshotDraft, Ke
         return Err(KeepError::Exists { snapshot_id: order.snapshot_id.clone() });
     }
     subject.shelf.draft(&order.snapshot_id).map_err(|e| io_of("make the snapshot's folder", e))
+}
+
+/// Has the machine stand still; answers whether its guest was not ready for that.
+async fn stop(
+    subject: &Subject<'_>,
+    guest: &mut Guest<'_>,
+    order: &KeepSandbox,
+) -> Result<bool, KeepError> {
+    let unresponsive = prepare(subject, guest.control, order).await?;
+    reach(Point::KeepGuestPrepared);
+    guest.machine.freeze().await.map_err(|source| KeepError::Hold { source })?;
+    Ok(unresponsive)
 }
 
 /// Has the guest flush; answers whether it did not.
@@ -277,9 +296,14 @@ async fn go_on(subject: &Subject<'_>, guest: &mut Guest<'_>) {
         warn!(%sandbox_id, error = %e, "a frozen machine does not run again");
         return;
     }
-    let told = guest.control.continue_after_snapshot(subject.guest_deadline);
-    if let Err(e) = told.await {
-        info!(%sandbox_id, error = %e, "the guest runs again and does not answer");
+    tell(subject, guest.control).await;
+}
+
+/// Tells the guest that it goes on. One that does not answer was told all the same.
+async fn tell(subject: &Subject<'_>, control: &mut GuestControl) {
+    if let Err(e) = control.continue_after_snapshot(GOES_ON_LIMIT).await {
+        let sandbox_id = &subject.info.sandbox_id;
+        info!(%sandbox_id, error = %e, "the guest goes on and does not answer");
     }
 }
 

@@ -152,6 +152,8 @@ async fn a_step_that_fails_leaves_a_running_sandbox_and_no_snapshot() {
             assert_eq!(rig.kept(), (0, 0), "{step:?} leaves something");
         }
     }
+    // Its guest was told each time that it goes on.
+    assert_eq!(rig.faults.reached(Step::GuestContinue), 6);
     // It can be kept all the same afterwards.
     let kept = sandboxes.pause(&id, order()).await.expect("pause");
     sandboxes.create(rig.resume(&id, &kept.snapshot_id)).await.expect("resume");

@@ -132,7 +132,7 @@ async fn inputs_that_cannot_be_leave_nothing() {
     assert!(matches!(rig.build(&rig.config()).await, Err(BuildError::Network(_))));
     let mut config = rig.config();
     config.kernel = rig.dir.path().join("absent");
-    assert!(matches!(rig.build(&config).await, Err(BuildError::Start(_))));
+    assert!(matches!(rig.build(&config).await, Err(BuildError::Template(_))));
     config.rootfs = rig.dir.path().join("absent");
     assert!(matches!(rig.build(&config).await, Err(BuildError::Io { .. })));
     config.rootfs = rig.dir.path().join("vmlinux");

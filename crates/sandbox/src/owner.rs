@@ -212,9 +212,11 @@ impl Owner {
                 self.state = to;
                 if let Effect::Arm(at) = effect {
                     self.inbox.set_end_at(at);
-                    reach(Point::OwnerEndMoved);
-                    // The caller may have left; the move stands all the same.
-                    let _caller_gone = moved.is_some_and(|done| done.send(()).is_err());
+                    if let Some(done) = moved {
+                        reach(Point::OwnerEndMoved);
+                        // The caller may have left; the move stands all the same.
+                        let _caller_gone = done.send(()).is_err();
+                    }
                 }
                 Some(effect)
             }

@@ -205,7 +205,7 @@ impl TemplateDraft {
     /// [`RecordError`].
     pub fn put_kernel(&self, kernel: &Path, words: &[String]) -> Result<(), RecordError> {
         let copy = self.dir.join(KERNEL);
-        std::fs::copy(kernel, &copy).map_err(io_error("copy the kernel to", &copy))?;
+        std::fs::copy(kernel, copy).map_err(io_error("copy", kernel))?;
         write_new(&self.dir.join(KERNEL_WORDS), words.join("\n").as_bytes())
     }
 

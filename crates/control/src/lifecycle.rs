@@ -98,10 +98,9 @@ async fn kill_here(app: &App, team: &Team, id: &SandboxId) -> Result<(), EndErro
         match app.live.begin_end(id, &team.id, clock::now()) {
             Ending::Mine(sandbox) => break sandbox,
             Ending::Nothing => return Err(EndError::NotFound),
-            Ending::Busy(mut over) => {
-                // The channel carries nothing and closes when that is over, however it went.
-                let waited = tokio::time::timeout_at(deadline, over.changed()).await;
-                waited.map(|_closed| ()).map_err(|_| EndError::StillChanging)?;
+            // It closes when that is over, however it went.
+            Ending::Busy(over) => {
+                pause::wait_until(over, deadline).await.ok_or(EndError::StillChanging)?;
             }
         }
     };

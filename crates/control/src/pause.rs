@@ -27,8 +27,12 @@ use crate::writer::Change;
 
 /// How long a pause waits for another change of its sandbox.
 const CHANGE_WAIT: Duration = Duration::from_secs(50);
-/// How long the store gets to take a change before what it made useless is left to a reconcile.
+/// How long the store gets to take a change before what it made useless is looked at.
 const SETTLE: Duration = Duration::from_secs(5);
+/// How often the removal of a snapshot is tried before it is left to a reconcile.
+const REMOVAL_TRIES: u32 = 30;
+/// Between two of these.
+const BETWEEN_REMOVALS: Duration = Duration::from_secs(1);
 
 /// Why a sandbox was not paused.
 #[derive(Debug, thiserror::Error)]
@@ -223,30 +227,38 @@ pub(crate) async fn remove_given_up(app: Arc<App>) -> Result<(), Infallible> {
     loop {
         let given_up = app.snapshots.next_given_up().await;
         // What replaces them, or ends their sandboxes, is recorded first.
-        app.writer.settled(SETTLE).await;
-        let held = match app.store.snapshot_ids().await {
-            Ok(held) => held,
-            Err(e) => {
-                debug!(error = %e, "snapshots are removed by the next reconcile");
-                continue;
+        let _in_time = app.writer.settled(SETTLE).await;
+        let held = app.store.snapshot_ids().await;
+        if let Err(e) = &held {
+            debug!(error = %e, "which snapshots are needed is not known now");
+        }
+        let mut is_done = true;
+        for (call, tries) in given_up {
+            let is_needed = held.as_ref().map_or(true, |held| held.contains(call.id().as_str()));
+            let is_left = is_needed || !remove(&app, call.id()).await;
+            if is_left && tries < REMOVAL_TRIES {
+                app.snapshots.give_up_after(call.id(), tries + 1);
+                is_done = false;
             }
-        };
-        for call in given_up.iter().filter(|call| !held.contains(call.id().as_str())) {
-            remove(&app, call.id()).await;
+        }
+        if !is_done {
+            tokio::time::sleep(BETWEEN_REMOVALS).await;
         }
     }
 }
 
-/// Removes a snapshot nobody needs from wherever it is.
-pub(crate) async fn remove(app: &App, id: &BuildId) {
-    let Some(node) = app.snapshots.node_of(id) else { return };
+/// Removes a snapshot nobody needs from wherever it is. Answers whether no node keeps it any more, as
+/// far as is known.
+pub(crate) async fn remove(app: &App, id: &BuildId) -> bool {
+    let Some(node) = app.snapshots.node_of(id) else { return true };
     match app.nodes.get(node).rpc.delete_snapshot(id).await {
         Ok(()) => info!(snapshot = %id, "removed a snapshot nobody needs"),
         Err(e) if e.kind() == Kind::NotFound => {}
         Err(e) => {
-            debug!(snapshot = %id, error = %e, "a snapshot is removed by the next reconcile");
-            return;
+            debug!(snapshot = %id, error = %e, "a snapshot is still to be removed");
+            return false;
         }
     }
     app.snapshots.is_gone(id);
+    true
 }

@@ -49,6 +49,8 @@ const MAX_RETRY: Duration = Duration::from_secs(5);
 /// How long after a failed reconcile the next one runs: the store is back within this. Also how long
 /// after one that found sandboxes missing, whose notice has come by then or never will.
 const RETRY: Duration = NOTICE_WAIT;
+/// How long the store gets to take what is queued before it is believed.
+const SETTLE: Duration = Duration::from_secs(2);
 /// How often a node is asked how busy it is.
 const LOAD_INTERVAL: Duration = Duration::from_secs(5);
 /// Strangers killed at the same time.
@@ -61,6 +63,8 @@ pub(crate) enum ReconcileError {
     Node(#[from] NodeCallError),
     #[error("follow the node with the store")]
     Store(#[from] StoreError),
+    #[error("the store has not taken what was known before")]
+    Behind,
 }
 
 /// Whether a reconcile left nothing to look at again.
@@ -342,6 +346,10 @@ async fn record_reclaimed(app: &App, node: &Member) -> Result<(), ReconcileError
         // What a node does not forget is recorded, and recording it again changes nothing.
         if all.is_empty() || all == before {
             return Ok(());
+        }
+        // These ends go past the queue: what was known of their runs before must not come after them.
+        if !app.writer.settled(SETTLE).await {
+            return Err(ReconcileError::Behind);
         }
         let mut changes = Vec::with_capacity(2 * reclaimed.len());
         for ended in reclaimed {

@@ -78,6 +78,9 @@ pub enum ServeError {
     /// The store failed.
     #[error("start the control plane with its store")]
     Store(#[from] StoreError),
+    /// The store did not take what is to be written to it.
+    #[error("start the control plane: its store takes no changes")]
+    Behind,
     /// No HTTP client can be made.
     #[error("start the control plane with its HTTP client")]
     Client(#[from] rustls::Error),
@@ -225,6 +228,7 @@ async fn attach_all(app: &App) -> Result<Vec<Option<Watch>>, ServeError> {
     match error {
         _ if watches.iter().any(Option::is_some) => Ok(watches),
         Some(ReconcileError::Store(e)) => Err(e.into()),
+        Some(ReconcileError::Behind) => Err(ServeError::Behind),
         Some(ReconcileError::Node(source)) => Err(ServeError::Node {
             socket: app
                 .nodes

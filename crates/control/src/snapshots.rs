@@ -23,8 +23,8 @@ struct Inner {
     places: HashMap<BuildId, (NodeIx, u64)>,
     /// Calls under way about each.
     busy: HashMap<BuildId, usize>,
-    /// Those nobody needs any more, which are still to be removed.
-    given_up: Vec<BuildId>,
+    /// Those nobody needs any more, which are still to be removed, and how often that was tried.
+    given_up: Vec<(BuildId, u32)>,
     changes: u64,
 }
 
@@ -54,21 +54,27 @@ impl Snapshots {
     /// Whether a call about `id` is under way, or it is about to be removed.
     pub(crate) fn is_busy(&self, id: &BuildId) -> bool {
         let inner = self.lock();
-        inner.busy.contains_key(id) || inner.given_up.contains(id)
+        inner.busy.contains_key(id) || inner.given_up.iter().any(|(given_up, _)| given_up == id)
     }
 
     /// Nobody needs `id` any more. It is removed once the store says so too.
     pub(crate) fn give_up(&self, id: &BuildId) {
-        self.lock().given_up.push(id.clone());
+        self.give_up_after(id, 0);
+    }
+
+    /// As [`Self::give_up`], once more after it was tried `tries` times.
+    pub(crate) fn give_up_after(&self, id: &BuildId, tries: u32) {
+        self.lock().given_up.push((id.clone(), tries));
         self.given_up.notify_one();
     }
 
-    /// Waits for something that was given up, and answers it under calls that have begun. Cancel-safe.
-    pub(crate) async fn next_given_up(&self) -> Vec<Busy<'_>> {
+    /// Waits for something that was given up, and answers it under calls that have begun, with how
+    /// often each was tried before. Cancel-safe.
+    pub(crate) async fn next_given_up(&self) -> Vec<(Busy<'_>, u32)> {
         loop {
             let given_up = std::mem::take(&mut self.lock().given_up);
             if !given_up.is_empty() {
-                return given_up.iter().map(|id| self.busy(id)).collect();
+                return given_up.iter().map(|(id, tries)| (self.busy(id), *tries)).collect();
             }
             self.given_up.notified().await;
         }

@@ -126,13 +126,13 @@ impl Writer {
     }
 
     /// Waits until what this process has queued so far is through, at most `patience`: who has
-    /// changed something and then asks the store finds it there. Cancel-safe.
-    pub(crate) async fn settled(&self, patience: Duration) {
+    /// changed something and then asks the store finds it there. Answers whether it is; a store that
+    /// is stuck answers as far as it got. Cancel-safe.
+    pub(crate) async fn settled(&self, patience: Duration) -> bool {
         let target = self.queued.load(Ordering::Relaxed);
         let mut through = self.through.clone();
         let settled = through.wait_for(|through| *through >= target);
-        // A store that is stuck answers as far as it got.
-        let _in_time = tokio::time::timeout(patience, settled).await.is_ok();
+        tokio::time::timeout(patience, settled).await.is_ok()
     }
 
     /// Changes that wait to be written.

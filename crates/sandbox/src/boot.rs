@@ -29,7 +29,7 @@ use crate::info::{CreateSandbox, SandboxInfo};
 use crate::ledger::{Entry, Ledger, Run};
 use crate::record::RecordError;
 use crate::settings::{Deps, Settings};
-use crate::source::Source;
+use crate::source::{Saved, Source};
 use crate::template::Kernel;
 
 /// Why a sandbox did not start. Nothing of it is left.
@@ -211,11 +211,13 @@ async fn acquire(
         identity,
     };
     reach(Point::BootDiskReady);
-    let (mut machine, memory) =
-        start_machine(deps, &settings.templates_dir(), source, request, spec).await?;
+    let saved = source.saved.as_ref().filter(|_| !request.cold_boot);
+    let (mut machine, memory) = match saved {
+        Some(saved) => restore(deps, saved, spec).await?,
+        None => cold_boot(deps, &settings.templates_dir(), source, spec).await?,
+    };
     reach(Point::BootMachineStarted);
-    let boots = request.cold_boot || source.saved.is_none();
-    let becomes = become_sandbox(&mut *machine, request, settings, boots);
+    let becomes = become_sandbox(&mut *machine, request, settings, saved.is_none());
     let (control, envd_version) = match becomes.await {
         Ok(ready) => ready,
         Err(source) => {
@@ -259,29 +261,36 @@ fn describe(
     }
 }
 
-/// Restores the machine with its memory, or boots it without; answers what its memory starts from.
-async fn start_machine(
+/// A machine, and what its memory starts from.
+type Started = (Box<dyn Machine>, Arc<LayeredImage>);
+
+/// Restores the machine with its memory.
+async fn restore(deps: &Deps, saved: &Saved, spec: MachineSpec) -> Result<Started, CreateError> {
+    let machine = saved
+        .machine()
+        .await
+        .map_err(|source| CreateError::Io { step: "put the saved memory together", source })?;
+    let machine = deps.runtime.restore(spec, machine).await;
+    let machine = machine.map_err(|source| CreateError::Machine { source })?;
+    Ok((machine, Arc::clone(&saved.image)))
+}
+
+/// Boots the machine from its disk alone.
+async fn cold_boot(
     deps: &Deps,
     templates_dir: &Path,
     source: &Source,
-    request: &CreateSandbox,
     spec: MachineSpec,
-) -> Result<(Box<dyn Machine>, Arc<LayeredImage>), CreateError> {
-    let failed = |source| CreateError::Machine { source };
-    if let Some(saved) = source.saved.as_ref().filter(|_| !request.cold_boot) {
-        let io = |source| CreateError::Io { step: "put the saved memory together", source };
-        let machine = saved.machine().await.map_err(io)?;
-        let machine = deps.runtime.restore(spec, machine).await.map_err(failed)?;
-        return Ok((machine, Arc::clone(&saved.image)));
-    }
+) -> Result<Started, CreateError> {
     let kernel = Kernel::load(templates_dir, &source.kernel_build).map_err(|source_error| {
         CreateError::NoKernel { build_id: source.build_id.clone(), source: source_error }
     })?;
-    let memory = LayeredImage::zero(spec.memory.bytes());
-    let memory = memory.map_err(|source| CreateError::Io { step: "measure the memory", source })?;
+    let memory = LayeredImage::zero(spec.memory.bytes())
+        .map_err(|source| CreateError::Io { step: "measure the memory", source })?;
     let Kernel { path, words } = kernel;
     let boot = BootSource { kernel: path, cmdline: words, memory: BootMemory::Private };
-    let machine = deps.runtime.boot(spec, boot).await.map_err(failed)?;
+    let machine = deps.runtime.boot(spec, boot).await;
+    let machine = machine.map_err(|source| CreateError::Machine { source })?;
     Ok((machine, Arc::new(memory)))
 }
 

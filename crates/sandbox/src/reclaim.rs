@@ -42,7 +42,7 @@ pub(crate) async fn reclaim(
         deps.runtime.reclaim(&entry.machine).await.map_err(|e| failed(e.to_string()))?;
         remove_if_there(&entry.run_dir).map_err(|e| failed(e.to_string()))?;
         remove_if_there(&entry.overlay).map_err(|e| failed(e.to_string()))?;
-        if !paused.iter().any(|run| run.as_str() == entry.execution_id) {
+        if !entry.execution_id.parse().is_ok_and(|run| paused.contains(&run)) {
             // Noted first: a crash between the two notes it again, which changes nothing.
             untold.note_lost(&entry, clock::now()).map_err(|e| failed(e.to_string()))?;
         }

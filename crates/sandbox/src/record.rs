@@ -123,7 +123,7 @@ pub(crate) fn name_of(path: &Path) -> Cow<'_, str> {
     path.file_name().map(std::ffi::OsStr::to_string_lossy).unwrap_or_default()
 }
 
-pub(crate) fn sync(path: &Path) -> Result<(), RecordError> {
+fn sync(path: &Path) -> Result<(), RecordError> {
     File::open(path).and_then(|file| file.sync_all()).map_err(io_error("sync", path))
 }
 
@@ -133,4 +133,15 @@ pub(crate) fn io_error(
 ) -> impl FnOnce(io::Error) -> RecordError + use<> {
     let path = path.to_owned();
     move |source| RecordError::Io { step, path, source }
+}
+
+/// Makes the draft folder `dir` visible as `target`. All that is in it is on stable storage before, and
+/// its name after.
+pub(crate) fn put_in_place(dir: &Path, target: &Path) -> Result<(), RecordError> {
+    for file in entries(dir)? {
+        sync(&file)?;
+    }
+    sync(dir)?;
+    std::fs::rename(dir, target).map_err(io_error("make", target))?;
+    target.parent().map_or(Ok(()), sync)
 }

@@ -352,8 +352,9 @@ impl Sandboxes {
         goal: Goal,
     ) -> Result<Arc<SnapshotMeta>, KeepError> {
         let missing = || KeepError::NotFound { sandbox_id: sandbox_id.clone() };
-        let runs = self.inner.table().get(sandbox_id).is_some_and(|entry| entry.running.is_some());
-        let commands = self.inner.commands_of(sandbox_id).filter(|_| runs).ok_or_else(missing)?;
+        let running = |entry: &Entry| entry.running.is_some().then(|| entry.commands.clone());
+        let commands = self.inner.table().get(sandbox_id).and_then(running);
+        let commands = commands.ok_or_else(missing)?;
         let (done, heard) = oneshot::channel();
         commands.put(Command::Keep(Box::new(order), goal, done)).map_err(|_| missing())?;
         heard.await.unwrap_or_else(|_| Err(missing()))

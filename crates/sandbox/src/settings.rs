@@ -27,7 +27,6 @@ pub struct Settings {
     pub run_dir: PathBuf,
     /// Private disk files.
     pub overlay_dir: PathBuf,
-    /// Template folders.
     /// First user id for machine processes, one a network slot; `None` keeps the daemon's user.
     pub machine_uid_base: Option<u32>,
     /// What sandboxes may take together.

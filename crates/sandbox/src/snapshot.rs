@@ -20,8 +20,8 @@ use belljar_domain::{BuildId, ExecutionId, MiB, SandboxId, TemplateId, Tier, Uni
 use serde::{Deserialize, Serialize};
 
 use crate::record::{
-    RecordError, check_format, entries, io_error, name_of, read_record, regular_file_bytes, sync,
-    tier, write_new,
+    RecordError, check_format, entries, io_error, name_of, put_in_place, read_record,
+    regular_file_bytes, tier, write_new,
 };
 
 /// The only format of `snapshot.json` so far.
@@ -184,15 +184,8 @@ impl SnapshotDraft {
         let text = render(meta);
         parse(&record, &text)?;
         write_new(&record, &text)?;
-        for file in entries(dir)? {
-            sync(&file)?;
-        }
-        sync(dir)?;
-        std::fs::rename(dir, &self.target).map_err(io_error("make", &self.target))?;
+        put_in_place(dir, &self.target)?;
         self.published = true;
-        if let Some(snapshots) = self.target.parent() {
-            sync(snapshots)?;
-        }
         Ok(SnapshotFiles::within(&self.target))
     }
 }

@@ -22,8 +22,8 @@ use belljar_domain::{BuildId, MiB, TemplateId, Tier, UnixMillis, Vcpus};
 use serde::{Deserialize, Serialize};
 
 use crate::record::{
-    RecordError, check_format, entries, io_error, name_of, read_record, regular_file_bytes, sync,
-    tier, write_new,
+    RecordError, check_format, entries, io_error, name_of, put_in_place, read_record,
+    regular_file_bytes, tier, write_new,
 };
 
 /// The only format of `template.json` so far.
@@ -224,14 +224,7 @@ impl TemplateDraft {
         let text = render(meta);
         parse(&record, text.as_bytes())?;
         write_new(&record, text.as_bytes())?;
-        for file in entries(&self.dir)? {
-            sync(&file)?;
-        }
-        sync(&self.dir)?;
-        std::fs::rename(&self.dir, &self.target).map_err(io_error("make", &self.target))?;
-        if let Some(templates) = self.target.parent() {
-            sync(templates)?;
-        }
+        put_in_place(&self.dir, &self.target)?;
         Ok(Template { dir: self.target.clone(), meta: meta.clone() })
     }
 

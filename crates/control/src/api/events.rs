@@ -47,7 +47,7 @@ pub(crate) async fn list(
     query: Query,
 ) -> Answer {
     let wanted = wanted(&query)?;
-    app.writer.settled(SETTLE).await;
+    let _in_time = app.writer.settled(SETTLE).await;
     Ok(shown(&app.store.events(&team.id, &wanted).await?))
 }
 
@@ -73,7 +73,7 @@ pub(crate) async fn list_of_sandbox(
     query: Query,
 ) -> Answer {
     let wanted = EventsWanted { sandbox: Some(named.id.clone()), ..wanted(&query)? };
-    app.writer.settled(SETTLE).await;
+    let _in_time = app.writer.settled(SETTLE).await;
     let events = app.store.events(&team.id, &wanted).await?;
     // Nothing on this page, or nothing at all. What lives has an event, wherever it is.
     let is_known = !events.is_empty()

@@ -9,12 +9,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
 
 use belljar_domain::{BuildId, SandboxId};
 use tracing::{info, warn};
 
-use super::{ReconcileError, Teams};
+use super::{ReconcileError, SETTLE, Teams};
 use crate::app::App;
 use crate::live::{Kept, Sandbox, Standing};
 use crate::nodes::Member;
@@ -22,9 +21,6 @@ use crate::pause::{discard, heard, remove};
 use crate::snapshots::Mark;
 use crate::terms;
 use crate::writer::Change;
-
-/// How long the store gets to take what is queued before it is believed.
-const SETTLE: Duration = Duration::from_secs(2);
 
 /// What is to be done about a snapshot nobody knows.
 enum Fate {
@@ -52,14 +48,15 @@ pub(super) async fn follow(
     let is_news = |kept: &&Kept| !known.contains_key(&kept.id) && !app.snapshots.is_busy(&kept.id);
     let news: Vec<_> = kept.iter().filter(is_news).collect();
     if !news.is_empty() {
-        app.writer.settled(SETTLE).await;
+        let _in_time = app.writer.settled(SETTLE).await;
     }
     let stored = app.store.snapshot_ids().await?;
     let mut teams = Teams::default();
     for kept in news.into_iter().filter(|kept| !stored.contains(kept.id.as_str())) {
         if let Fate::Removed = settle(app, node, kept, &mut teams).await? {
             let _call = app.snapshots.busy(&kept.id);
-            remove(app, &kept.id).await;
+            // What stays is met by the next reconcile.
+            let _is_gone = remove(app, &kept.id).await;
         }
     }
     write_what_is_missing(app, &stored);

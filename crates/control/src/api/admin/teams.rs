@@ -156,7 +156,7 @@ async fn remove(app: &App, team: &TeamId) -> Result<(), ApiError> {
         return Err(TeamError::HasSandboxes { running }.into());
     }
     // What is known of its last sandboxes is written before there is no team to write it for.
-    app.writer.settled(SETTLE).await;
+    let _in_time = app.writer.settled(SETTLE).await;
     Ok(app.store.delete_team(team).await?)
 }
 

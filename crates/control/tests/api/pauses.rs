@@ -4,9 +4,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use belljar_control::Config;
-use belljar_wire::rpc::belljar::node::v1::ReclaimedSandbox;
+use belljar_wire::rpc::belljar::node::v1::{ReclaimedSandbox, SandboxInfo};
 use connectrpc::ConnectError;
 use serde_json::{Value, json};
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{ConnectOptions as _, Connection as _};
 
 use crate::support::node::{BUILD_ID, TEMPLATE_ID};
 use crate::support::{Control, Rig, config, eventually};
@@ -275,31 +277,36 @@ async fn what_is_paused_outlives_control_also_where_it_wrote_nothing() {
     rig.stop().await;
 }
 
+/// What a node remembers of `was`, which ended with its last life.
+fn reclaimed(was: SandboxInfo, reason: &str) -> ReclaimedSandbox {
+    ReclaimedSandbox {
+        sandbox_id: was.sandbox_id,
+        execution_id: was.execution_id,
+        template_id: TEMPLATE_ID.to_owned(),
+        build_id: BUILD_ID.to_owned(),
+        terms: was.terms,
+        started_at_unix_ms: was.started_at_unix_ms,
+        end_at_unix_ms: was.end_at_unix_ms,
+        reclaimed_at_unix_ms: was.started_at_unix_ms + 1,
+        reason: reason.to_owned(),
+        ..Default::default()
+    }
+}
+
 #[tokio::test]
 async fn a_resumed_sandbox_that_is_lost_with_its_node_is_paused_as_before() {
     let rig = Rig::start().await;
     let client = &rig.control.client;
     let [lost, stopped, ended] =
         [paused(&rig, CREATE).await, paused(&rig, CREATE).await, paused(&rig, CREATE).await];
-    let mut reclaimed = Vec::new();
+    let mut recalled = Vec::new();
     for (id, reason) in [(&lost, None), (&stopped, Some("shutdown")), (&ended, Some("crashed"))] {
         assert_eq!(client.post(&format!("/v2/sandboxes/{id}/connect"), "").await.status, 201);
         let was = rig.node.state.sandboxes.lock().expect("no panic holds it")[id].clone();
         rig.node.state.end_silently(id);
-        reclaimed.extend(reason.map(|reason| ReclaimedSandbox {
-            sandbox_id: was.sandbox_id,
-            execution_id: was.execution_id,
-            template_id: TEMPLATE_ID.to_owned(),
-            build_id: BUILD_ID.to_owned(),
-            terms: was.terms,
-            started_at_unix_ms: was.started_at_unix_ms,
-            end_at_unix_ms: was.end_at_unix_ms,
-            reclaimed_at_unix_ms: was.started_at_unix_ms + 1,
-            reason: reason.to_owned(),
-            ..Default::default()
-        }));
+        recalled.extend(reason.map(|reason| reclaimed(was, reason)));
     }
-    *rig.node.state.reclaimed.lock().expect("no panic holds it") = reclaimed;
+    *rig.node.state.reclaimed.lock().expect("no panic holds it") = recalled;
     let Rig { dir, node, control } = rig;
     let node = node.reconnect().await;
     let rig = Rig { dir, node, control };
@@ -322,6 +329,34 @@ async fn a_resumed_sandbox_that_is_lost_with_its_node_is_paused_as_before() {
     let control = restart(dir.path(), control).await;
     let rig = Rig { dir, node, control };
     assert_eq!(detail(&rig, &stopped).await["state"], "paused");
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn an_end_a_node_remembers_comes_after_the_pause_before_it() {
+    let rig = Rig::start().await;
+    let client = &rig.control.client;
+    let id = rig.create(CREATE).await;
+    // The store takes nothing for now: what is known of the sandbox waits in the queue.
+    let options = SqliteConnectOptions::new().filename(rig.dir.path().join("control.db"));
+    let mut busy = options.connect().await.expect("a connection of its own");
+    sqlx::query("BEGIN IMMEDIATE").execute(&mut busy).await.expect("the store is held");
+    assert_eq!(client.post(&format!("/sandboxes/{id}/pause"), "").await.status, 204);
+    assert_eq!(client.post(&format!("/v2/sandboxes/{id}/connect"), "").await.status, 201);
+    let was = rig.node.state.sandboxes.lock().expect("no panic holds it")[&id].clone();
+    rig.node.state.end_silently(&id);
+    *rig.node.state.reclaimed.lock().expect("no panic holds it") = vec![reclaimed(was, "crashed")];
+    let Rig { dir, node, control } = rig;
+    let node = node.reconnect().await;
+    let rig = Rig { dir, node, control };
+    sqlx::query("ROLLBACK").execute(&mut busy).await.expect("the store is free again");
+    busy.close().await.expect("closed");
+    eventually("its snapshot is gone", || async { rig.node.state.kept().is_empty() }).await;
+    let Rig { dir, node, control } = rig;
+    let control = restart(dir.path(), control).await;
+    let rig = Rig { dir, node, control };
+    let path = format!("/sandboxes/{id}");
+    rig.control.client.get(&path).await.assert_error(404, "doesn't exist");
     rig.stop().await;
 }
 

@@ -263,7 +263,7 @@ impl Owner {
     /// Says why it was not kept. One whose time is up gets more of it.
     fn not_kept(&mut self, host: &Inner, error: &KeepError, at_its_end: bool) {
         let (sandbox_id, error) = (&self.running.info.sandbox_id, chain(error));
-        warn!(%sandbox_id, error, at_its_end, "sandbox was not kept, and runs on");
+        warn!(%sandbox_id, error, at_its_end, "sandbox was not kept");
         if at_its_end {
             let end_at = host.deps.clock.now().plus(PAUSE_RETRY);
             self.happened(Event::SetEnd(end_at), None);

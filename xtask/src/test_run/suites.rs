@@ -80,6 +80,7 @@ pub(super) const LIVE: &[Suite] = &[
     suite("snapshots, python sync", Runner::Python, "python/snapshots_suite.py"),
     suite("snapshots, python async", Runner::Python, "python/snapshots_suite_async.py"),
     suite("snapshots, js", Runner::Node, "js/snapshots_suite.mjs"),
+    suite("machines that die", Runner::Python, "python/deaths_suite.py"),
     suite("integrity", Runner::Python, "python/integrity.py"),
 ];
 

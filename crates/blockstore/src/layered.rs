@@ -3,10 +3,12 @@
 //! - `runs`: the map.
 //! - `file`: the map on disk, format 1.
 //! - `compact`: fewer layers.
+//! - `fetch`: an image of a blob store as a local one.
 //! - `materialise`: one raw file with the same content.
 //! - `pages`: the parts that do not come from the lowest layer, for installing memory.
 
 mod compact;
+mod fetch;
 mod file;
 mod materialise;
 mod pages;
@@ -22,6 +24,7 @@ use crate::layers::{Layer, LayerName, LayerStore};
 pub(crate) use compact::compact;
 use runs::{BLOCKS_MAX, RunMap, Source};
 
+pub use fetch::FetchImageError;
 pub use file::{LoadError, MapProblem, SaveError};
 pub use materialise::MaterialiseError;
 pub use pages::{PageContent, PageRun};
@@ -53,13 +56,17 @@ impl LayeredImage {
     /// [`OpenError`] naming the file.
     pub fn raw(store: &LayerStore, name: &LayerName) -> Result<LayeredImage, OpenError> {
         let layer = store.layer(name)?;
-        let io = |source| OpenError::Io { path: layer.path().to_owned(), source };
+        let path = layer.path().to_owned();
+        LayeredImage::of_layer(layer).map_err(|source| OpenError::Io { path, source })
+    }
+
+    fn of_layer(layer: Arc<Layer>) -> io::Result<LayeredImage> {
         let blocks = layer.size_bytes() / BLOCK_BYTES;
         if blocks > BLOCKS_MAX {
-            return Err(io(io::ErrorKind::FileTooLarge.into()));
+            return Err(io::ErrorKind::FileTooLarge.into());
         }
         let mut map = RunMap::new();
-        for extent in layer.data().map_err(io)? {
+        for extent in layer.data()? {
             // Where the file system's blocks are smaller than ours, a part of a hole counts as data.
             let first = (extent.start / BLOCK_BYTES).max(map.blocks());
             map.push(first - map.blocks(), Source::Zero);
@@ -131,6 +138,22 @@ impl LayeredImage {
     /// The layers that its blocks lie in: what a record of this image must keep from the sweep.
     pub fn layers(&self) -> &[LayerName] {
         &self.names
+    }
+
+    /// The template's file that this image is made over, if its lowest layer is one.
+    pub fn lowest_template(&self) -> Option<LayerName> {
+        self.names.first().filter(|name| !name.is_sealed()).cloned()
+    }
+
+    /// Its lowest layer alone, as the image that one raw file is. An image of zeros is its own.
+    ///
+    /// # Errors
+    /// I/O errors of looking for the layer's holes.
+    pub fn lowest_alone(&self) -> io::Result<LayeredImage> {
+        match self.layers.first() {
+            Some(layer) => LayeredImage::of_layer(layer.clone()),
+            None => LayeredImage::zero(self.size_bytes()),
+        }
     }
 
     pub(crate) fn layer_count(&self) -> usize {

@@ -1,5 +1,6 @@
 //! The command line: every command, flag and environment variable of `belljar`.
 
+mod blob;
 mod operator;
 mod platform;
 
@@ -9,6 +10,7 @@ use std::path::PathBuf;
 use belljar_control::{Cidr, Database};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub(crate) use blob::{Blob, BlobCommand, BlobPlace};
 pub(crate) use operator::{
     KeyCommand, LimitOptions, TeamCommand, TierCommand, TokenCommand, UserCommand,
 };
@@ -17,6 +19,7 @@ pub(crate) use platform::PlatformOptions;
 /// A self-hosted sandbox cloud for AI agents that speaks the E2B API.
 ///
 /// Exit codes: 0 done; 1 failed, the message says why and what to do; 2 wrong usage;
+/// 3 `blob verify` found damage;
 /// `sandbox exec` exits with the code of the command it ran.
 #[derive(Debug, Parser)]
 #[command(name = "belljar", version)]
@@ -62,6 +65,11 @@ pub(crate) enum Command {
     /// Look at and build templates.
     #[command(subcommand)]
     Template(TemplateCommand),
+    /// Look after the store of images: verify, collect garbage, count.
+    ///
+    /// Exit codes: 0 done, and for `verify` all is whole; 1 it could not be done; 2 wrong usage;
+    /// 3 `verify` found damage, which it lists.
+    Blob(Blob),
     /// Keep teams: limits, addresses, who is blocked.
     #[command(subcommand)]
     Team(TeamCommand),

@@ -5,6 +5,7 @@
 
 mod api;
 mod args;
+mod blob;
 mod catalog;
 mod doctor;
 mod host;
@@ -34,6 +35,7 @@ use serde::Serialize;
 
 use api::{SdkEnv, Target};
 use args::{Cli, Command, SandboxCommand, TemplateCommand};
+use blob::AwsEnv;
 use operator::token_file::{self, AdminEnv};
 use preset::Local;
 
@@ -107,6 +109,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Template(TemplateCommand::Build(options)) => {
             template_build::build(&local, options, cli.json).await
         }
+        Command::Blob(options) => blob::run(&local, options, environment.aws, cli.json).await,
         Command::Team(command) => {
             operator::team::run(&token_file::api(&local, &admin)?, command, cli.json).await
         }
@@ -136,6 +139,8 @@ struct Environment {
     fault: Option<String>,
     /// A named pipe through which a test moves this process's clock.
     clock_shift: Option<PathBuf>,
+    /// Who asks a blob store that speaks S3.
+    aws: AwsEnv,
 }
 
 impl Environment {
@@ -147,6 +152,13 @@ impl Environment {
             admin_token: text("BELLJAR_ADMIN_TOKEN").map(Secret::new),
             fault: text("BELLJAR_FAULT"),
             clock_shift: text("BELLJAR_CLOCK_SHIFT").map(PathBuf::from),
+            aws: AwsEnv {
+                key_id: text("AWS_ACCESS_KEY_ID"),
+                secret: text("AWS_SECRET_ACCESS_KEY").map(Secret::new),
+                session_token: text("AWS_SESSION_TOKEN").map(Secret::new),
+                region: text("AWS_REGION").or_else(|| text("AWS_DEFAULT_REGION")),
+                endpoint: text("AWS_ENDPOINT_URL_S3").or_else(|| text("AWS_ENDPOINT_URL")),
+            },
             sdk: SdkEnv {
                 api_url: text("E2B_API_URL"),
                 sandbox_url: text("E2B_SANDBOX_URL"),

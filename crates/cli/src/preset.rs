@@ -83,6 +83,11 @@ impl Local {
         self.data_dir.join("templates")
     }
 
+    /// Where images are stored, unless a command is told otherwise.
+    pub(crate) fn blobs_dir(&self) -> PathBuf {
+        self.data_dir.join("blobs")
+    }
+
     pub(crate) fn database(&self) -> PathBuf {
         self.data_dir.join("belljar.db")
     }

@@ -113,8 +113,9 @@ pub(super) fn is_there(store: &dyn BlobStore, key: &BlobKey) -> Result<bool, Blo
 /// of that name is being collected.
 ///
 /// # Errors
-/// [`PublishError`]; the ref names what it named before, but after `Store` of kind
-/// [`Kind::Unavailable`] it may name the new image, which is whole.
+/// [`PublishError`]. The ref names what it named before; but after [`PublishError::Store`] of kind
+/// [`Kind::Unavailable`] it may name the new image, which is whole, and after a
+/// [`PublishError::TooSlow`] of [`GRACE_MIN`] and more it does, and the image must be written again.
 pub fn publish(
     store: &dyn BlobStore,
     name: &RefName,

@@ -40,6 +40,20 @@ pub(crate) fn nbd(places: &Places) -> Result<bool> {
     Ok(command::run_streamed(bench, LIMIT, |line| println!("{line}"))?.success())
 }
 
+/// Times writing and reading images in a blob store against a plain copy. `false` if it did not run.
+///
+/// A program of its own crate measures: this one uses no crate of the workspace.
+pub(crate) fn blobs(places: &Places, dev: bool) -> Result<bool> {
+    let mut bench = places.cargo();
+    bench.args(["bench", "-p", "belljar-blockstore", "--bench", "blobs"]);
+    if dev {
+        bench.args(["--profile", "dev"]);
+    }
+    let result = command::run_streamed(bench, LIMIT, |line| println!("{line}"))?;
+    println!("load average: {}", std::fs::read_to_string("/proc/loadavg")?.trim());
+    Ok(result.success())
+}
+
 /// `false` if a target was missed or the benchmark did not run.
 pub(crate) fn run(places: &Places, build: BuildKind) -> Result<bool> {
     let goal = Goal { build, data: places.test_data() };

@@ -86,6 +86,8 @@ enum BenchOnly {
     },
     /// Time the disk server against `qemu-nbd` on the same file with the same clients, without root.
     Nbd,
+    /// Time writing and reading stored images against a plain copy of the same file.
+    Blobs,
 }
 
 fn main() -> ExitCode {
@@ -120,6 +122,7 @@ fn run(verb: Verb) -> Result<bool> {
             bench::control(&places, program, live)
         }
         Verb::Bench { only: Some(BenchOnly::Nbd), .. } => bench::nbd(&places),
+        Verb::Bench { only: Some(BenchOnly::Blobs), dev } => bench::blobs(&places, dev),
         Verb::Bench { dev, only: None } => bench::run(&places, BuildKind::from_release(!dev)),
         Verb::Check => check::run(&places),
         Verb::Tidy => Ok(tidy::run(&places)?.is_clean()),

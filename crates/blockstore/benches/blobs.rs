@@ -13,7 +13,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use belljar_blockstore::objects::PackOptions;
-use belljar_blockstore::overlay::DirtyBlock;
 use belljar_blockstore::verify::store_stats;
 use belljar_blockstore::{
     BlobStore, BlockIndex, CacheLimits, ChunkCache, DirStore, ImageManifest, ImageReader,
@@ -96,12 +95,14 @@ fn sharing(store: &Arc<dyn BlobStore>, base: &ImageManifest) -> Outcome<(f64, u6
         let base = Some(Arc::new(base.clone()));
         let mut writer =
             ImageWriter::new(Arc::clone(&index), base, IMAGE_BYTES, PackOptions::default())?;
-        let changes = (0..512).map(|block| DirtyBlock::Written(block * 100));
-        writer.changes(changes, |buf, offset| {
-            let number = offset / BLOCK as u64;
-            noise(if number < 25_600 { number + child * MIB } else { number + (1 << 40) }, buf);
-            Ok(())
-        })?;
+        let mut block = [0; BLOCK];
+        for number in (0..512).map(|change| change * 100) {
+            noise(
+                if number < 25_600 { number + child * MIB } else { number + (1 << 40) },
+                &mut block,
+            );
+            writer.block(number, &block)?;
+        }
         let written = writer.finish(&RefName::new(&format!("child-{child}"))?)?;
         new_blocks += written.stats.new_blocks;
     }

@@ -85,7 +85,7 @@ pub struct QemuRuntime {
 }
 
 impl QemuRuntime {
-    /// Finds out what this host can do, by running QEMU and a tiny KVM guest (up to 2 s).
+    /// Finds out what this host can do, by running QEMU and a tiny KVM guest (up to 4 s).
     ///
     /// # Errors
     /// [`DetectError`].

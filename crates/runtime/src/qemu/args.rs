@@ -23,7 +23,7 @@ pub(super) const EMULATED_CPU: &str = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rd
 /// Bound of the translated-code cache. Without it QEMU takes up to a gibibyte a machine.
 pub(super) const TRANSLATION_CACHE_MIB: u32 = 128;
 
-/// How the guest's instructions are run.
+/// How this host runs guests' instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Accelerator {
     Kvm,
@@ -33,6 +33,22 @@ pub(super) enum Accelerator {
         tsc_khz: u64,
     },
 }
+
+/// The same for one machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Execution {
+    Kvm {
+        /// `/dev/kvm`, opened by us: the machine's own user may not.
+        device: RawFd,
+    },
+    Emulated {
+        tsc_khz: u64,
+    },
+}
+
+/// The set of descriptors that `/dev/kvm` is in. The name `/dev/fdset/1` is the monitor's own, and
+/// means the descriptor itself, where `/proc/self/fd` would open the device again.
+const KVM_SET: u32 = 1;
 
 /// How the machine comes to life.
 #[derive(Debug, Clone)]
@@ -72,7 +88,7 @@ pub(super) struct Card {
 #[derive(Debug, Clone)]
 pub(super) struct Plan {
     pub(super) name: String,
-    pub(super) accelerator: Accelerator,
+    pub(super) execution: Execution,
     pub(super) vcpus: Vcpus,
     pub(super) memory: MiB,
     pub(super) memory_file: String,
@@ -111,12 +127,13 @@ impl Plan {
                 .into(),
         );
         option("-global", "virtio-mmio.force-legacy=false".into());
-        match self.accelerator {
-            Accelerator::Kvm => {
-                option("-accel", "kvm".into());
+        match self.execution {
+            Execution::Kvm { device } => {
+                option("-add-fd", format!("fd={device},set={KVM_SET}"));
+                option("-accel", format!("kvm,device=/dev/fdset/{KVM_SET}"));
                 option("-cpu", "host".into());
             }
-            Accelerator::Emulated { .. } => {
+            Execution::Emulated { .. } => {
                 option("-accel", format!("tcg,tb-size={TRANSLATION_CACHE_MIB}"));
                 option("-cpu", EMULATED_CPU.into());
             }
@@ -168,7 +185,7 @@ impl Plan {
         if self.console.is_none() {
             words.insert(0, "quiet".to_owned());
         }
-        if let Accelerator::Emulated { tsc_khz } = self.accelerator {
+        if let Execution::Emulated { tsc_khz } = self.execution {
             words.push(format!("tsc_early_khz={tsc_khz}"));
             // The kernel would compare the counter with timer ticks, lose some of those on a busy
             // host, blame the counter, and count ticks from then on: every clone's clock would
@@ -226,7 +243,7 @@ mod tests {
     fn plan() -> Plan {
         Plan {
             name: "m1".into(),
-            accelerator: Accelerator::Emulated { tsc_khz: 2_000_000 },
+            execution: Execution::Emulated { tsc_khz: 2_000_000 },
             vcpus: Vcpus(2),
             memory: MiB(256),
             memory_file: "/a,b/memory".into(),
@@ -276,6 +293,15 @@ mod tests {
         let quiet = devices(plan());
         assert_eq!(quiet, devices(Plan { console: Some("/log".into()), ..plan() }));
         assert!(plan().arguments().iter().any(|arg| arg.ends_with("mac=02:00:00:00:00:ff")));
+    }
+
+    #[test]
+    fn kvm_is_handed_over_and_measures_time_itself() {
+        let args = Plan { execution: Execution::Kvm { device: 9 }, ..plan() }.arguments();
+        assert_eq!(value(&args, "-add-fd"), "fd=9,set=1");
+        assert_eq!(value(&args, "-accel"), "kvm,device=/dev/fdset/1");
+        assert!(!value(&args, "-append").contains("tsc"));
+        assert!(!plan().arguments().iter().any(|arg| arg.contains("kvm")));
     }
 
     #[test]

@@ -20,6 +20,10 @@ const VERSION_LIMIT: Duration = Duration::from_secs(10);
 const KVM_LIMIT: Duration = Duration::from_secs(1);
 /// Processor time the trial may use. Ten times that of nested KVM, a twentieth of an emulated one.
 const KVM_USABLE: Duration = Duration::from_millis(100);
+/// How often KVM is tried before it counts as emulated. Where the host is a machine whose processor
+/// is emulated (`cargo xtask nested`), whatever runs for the first time is translated first: the
+/// first trial took 184 ms there, the next 10 to 20.
+const KVM_TRIALS: u32 = 3;
 /// The longer, the finer: 50 ms against a clock read in 100 ns is 2 in a million.
 #[cfg(target_arch = "x86_64")]
 const TSC_SPAN: Duration = Duration::from_millis(50);
@@ -91,7 +95,7 @@ pub(super) struct Found {
 pub(super) async fn detect(config: &QemuConfig) -> Result<Found, DetectError> {
     let version = version(&config.binary).await?;
     let wish = config.acceleration;
-    // Both measurements block for a second at most.
+    // Three trials of a second at most, and a measurement of 50 ms.
     let (accelerator, reason) = tokio::task::spawn_blocking(move || choose(wish))
         .await
         .map_err(|e| DetectError::Io { step: "try the processor", source: e.into() })??;
@@ -156,7 +160,16 @@ fn try_kvm() -> Result<String, String> {
         .map_err(|e| format!("/dev/kvm does not open: {e}"))?
         .into();
     let million = kvm::INSTRUCTIONS / 1_000_000;
-    match kvm::try_guest(&device, KVM_LIMIT) {
+    let mut outcome = kvm::try_guest(&device, KVM_LIMIT);
+    for _ in 1..KVM_TRIALS {
+        match outcome {
+            Ok(Outcome::Ran(used)) if used > KVM_USABLE => {
+                outcome = kvm::try_guest(&device, KVM_LIMIT);
+            }
+            _ => break,
+        }
+    }
+    match outcome {
         Ok(Outcome::Ran(used)) if used <= KVM_USABLE => Ok(format!(
             "KVM runs guests: {million} million instructions took {} ms",
             used.as_millis()

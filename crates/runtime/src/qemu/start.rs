@@ -1,6 +1,6 @@
 //! Bringing a machine up: files, descriptors, process, and the first words with its monitor.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -11,7 +11,9 @@ use serde_json::{Value, json};
 use tokio::net::UnixStream;
 
 use super::QemuRuntime;
-use super::args::{Card, Disk, Mapping, Origin, Plan, TRANSLATION_CACHE_MIB};
+use super::args::{
+    Accelerator, Card, Disk, Execution, Mapping, Origin, Plan, TRANSLATION_CACHE_MIB,
+};
 use super::files::{Handed, NewFiles, open_for};
 use super::machine::{Booted, Keeps, Private, QemuMachine};
 use super::memory::{Abandon, GuestMemory, MemoryFile};
@@ -211,11 +213,12 @@ async fn launch(
     };
     let (qmp, monitor) = socket_pair().map_err(channel)?;
     let (control, guest) = socket_pair().map_err(channel)?;
+    let (execution, kvm) = execution(runtime.accelerator)?;
     let mac = spec.network.as_ref().map(|network| network.guest_mac);
     let console = spec.run_dir.join("console.log");
     let plan = Plan {
         name: spec.name.clone(),
-        accelerator: runtime.accelerator,
+        execution,
         vcpus: spec.vcpus,
         memory: spec.memory,
         memory_file: file.name,
@@ -235,6 +238,7 @@ async fn launch(
     inherit.extend(handed.into_iter().map(Handed::into_fd));
     let (tap, netns) = uplink.map_or((None, None), |uplink| (Some(uplink.tap), uplink.netns));
     inherit.extend(tap);
+    inherit.extend(kvm);
     if plan.console.is_some() {
         open_for(&console, spec.identity)
             .map_err(|source| StartError::Io { step: "open the machine's console log", source })?;
@@ -260,6 +264,21 @@ async fn launch(
         }
         Err(e) => Err(failure("start the machine monitor", e, &mut process, &log).await),
     }
+}
+
+/// How one machine runs, and the device it inherits for that: `/dev/kvm` is for root and its group,
+/// and a machine's user is neither.
+fn execution(accelerator: Accelerator) -> Result<(Execution, Option<OwnedFd>), StartError> {
+    Ok(match accelerator {
+        Accelerator::Kvm => {
+            let device = OpenOptions::new().read(true).write(true).open("/dev/kvm");
+            let device: OwnedFd = device
+                .map_err(|source| StartError::Io { step: "open /dev/kvm for the machine", source })?
+                .into();
+            (Execution::Kvm { device: device.as_raw_fd() }, Some(device))
+        }
+        Accelerator::Emulated { tsc_khz } => (Execution::Emulated { tsc_khz }, None),
+    })
 }
 
 /// What the process may use.

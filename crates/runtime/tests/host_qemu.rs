@@ -26,6 +26,12 @@ use rig::{DiskKind, QemuHarness};
 /// Long enough for a test's log, too long for anything else.
 const LIMIT: Duration = Duration::from_secs(120);
 
+/// A test of its own, so that it can be had without the others: see [`rig::tiny_guest`].
+#[test]
+fn the_tiny_guest_compiles() {
+    assert!(rig::tiny_guest().is_file());
+}
+
 fn oracle(tag: &str) -> HostSnapshot {
     HostSnapshot::take_with(Sight { tag: Some(tag.to_owned()), ..Sight::default() })
 }

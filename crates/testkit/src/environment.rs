@@ -8,6 +8,8 @@ use std::path::PathBuf;
 const SKIP_LOG_VARIABLE: &str = "BELLJAR_SKIP_LOG";
 /// Names the folder with the kernel, the root filesystem and the guest daemon.
 const ASSETS_VARIABLE: &str = "BELLJAR_ASSETS";
+/// Says how tests of the machine drivers must run their guests.
+const ACCELERATION_VARIABLE: &str = "BELLJAR_TEST_ACCELERATION";
 
 /// Says that the running test cannot run here, and why. The test returns right after.
 ///
@@ -35,6 +37,12 @@ pub fn skip(reason: &str) {
 /// Whether the test runs with root's powers.
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
+}
+
+/// What `BELLJAR_TEST_ACCELERATION` says: `kvm` or `emulated`, and the test fails where that cannot be
+/// had; `None`, when unset, is whatever the host can do.
+pub fn acceleration() -> Option<String> {
+    variable(ACCELERATION_VARIABLE)
 }
 
 /// What a test needs to start a real sandbox.

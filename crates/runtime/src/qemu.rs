@@ -85,7 +85,8 @@ pub struct QemuRuntime {
 }
 
 impl QemuRuntime {
-    /// Finds out what this host can do, by running QEMU and a tiny KVM guest (up to 4 s).
+    /// Finds out what this host can do, by running QEMU and a tiny KVM guest (up to 4 s, or 30 s where
+    /// KVM was asked for by name).
     ///
     /// # Errors
     /// [`DetectError`].

@@ -24,7 +24,9 @@ use belljar_wire::guest::Init;
 use rig::{DiskKind, QemuHarness};
 
 /// Long enough for a test's log, too long for anything else.
-const LIMIT: Duration = Duration::from_secs(120);
+fn limit() -> Duration {
+    belljar_testkit::patience(Duration::from_secs(120))
+}
 
 /// A test of its own, so that it can be had without the others: see [`rig::tiny_guest`].
 #[test]
@@ -69,8 +71,8 @@ async fn template_named(harness: &QemuHarness, name: &str) -> (MachineSpec, Path
     let mut machine =
         harness.runtime().boot(spec.clone(), source).await.expect("boot the template");
     let mut control = GuestControl::new(machine.take_control().expect("a new machine"));
-    control.booted(LIMIT).await.expect("the guest boots");
-    control.prepare_snapshot(LIMIT).await.expect("the guest prepares");
+    control.booted(limit()).await.expect("the guest boots");
+    control.prepare_snapshot(limit()).await.expect("the guest prepares");
     machine.save().await.expect("save the template");
     machine.kill().await.expect("kill the template");
     (spec, artifacts)
@@ -78,7 +80,7 @@ async fn template_named(harness: &QemuHarness, name: &str) -> (MachineSpec, Path
 
 async fn ready(machine: &mut Box<dyn Machine>) -> GuestControl {
     let mut control = GuestControl::new(machine.take_control().expect("a new machine"));
-    control.init(Init { nonce: 1, ..Init::default() }, LIMIT).await.expect("the guest is ready");
+    control.init(Init { nonce: 1, ..Init::default() }, limit()).await.expect("the guest is ready");
     control
 }
 
@@ -149,7 +151,7 @@ async fn a_machine_is_confined_as_its_own_user() {
     let (source, folder) = harness.source("booted-as-user");
     let mut machine = harness.runtime().boot(spec, source).await.expect("boot as a user");
     let mut control = GuestControl::new(machine.take_control().expect("a new machine"));
-    control.booted(LIMIT).await.expect("the guest boots");
+    control.booted(limit()).await.expect("the guest boots");
     machine.save().await.expect("save as a user");
     for name in ["memory", "state", "machine.json"] {
         use std::os::unix::fs::MetadataExt as _;
@@ -179,7 +181,7 @@ async fn a_card_is_plugged_into_a_tap_of_another_namespace() {
     let (source, _) = harness.source("carded");
     let mut machine = harness.runtime().boot(spec, source).await.expect("boot with a card");
     let mut control = GuestControl::new(machine.take_control().expect("a new machine"));
-    control.booted(LIMIT).await.expect("the guest boots");
+    control.booted(limit()).await.expect("the guest boots");
     let id = machine.process_id().expect("QEMU is a process");
     let namespace = |path: &str| {
         use std::os::unix::fs::MetadataExt as _;

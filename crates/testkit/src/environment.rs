@@ -3,6 +3,7 @@
 use std::fs::OpenOptions;
 use std::io::Write as _;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Names the file to which each skipped test adds a line.
 const SKIP_LOG_VARIABLE: &str = "BELLJAR_SKIP_LOG";
@@ -10,6 +11,8 @@ const SKIP_LOG_VARIABLE: &str = "BELLJAR_SKIP_LOG";
 const ASSETS_VARIABLE: &str = "BELLJAR_ASSETS";
 /// Says how tests of the machine drivers must run their guests.
 const ACCELERATION_VARIABLE: &str = "BELLJAR_TEST_ACCELERATION";
+/// By how much deadlines of tests are longer.
+const PATIENCE_VARIABLE: &str = "BELLJAR_TEST_PATIENCE";
 
 /// Says that the running test cannot run here, and why. The test returns right after.
 ///
@@ -43,6 +46,22 @@ pub fn is_root() -> bool {
 /// had; `None`, when unset, is whatever the host can do.
 pub fn acceleration() -> Option<String> {
     variable(ACCELERATION_VARIABLE)
+}
+
+/// A deadline of a test, `base` on an ordinary machine, times `BELLJAR_TEST_PATIENCE`: a whole number
+/// from 1 to 100, for where everything is slower by a known kind of factor. 1 when unset.
+///
+/// # Panics
+/// When the variable holds anything else.
+pub fn patience(base: Duration) -> Duration {
+    let factor = match variable(PATIENCE_VARIABLE) {
+        None => 1,
+        Some(text) => match text.parse() {
+            Ok(factor @ 1..=100) => factor,
+            _ => panic!("{PATIENCE_VARIABLE} is a whole number from 1 to 100, not `{text}`"),
+        },
+    };
+    base.saturating_mul(factor)
 }
 
 /// What a test needs to start a real sandbox.

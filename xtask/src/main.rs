@@ -1,14 +1,14 @@
-//! Project automation: `cargo xtask demo`, `test`, `bench`, `setup`, `check`, `tidy`.
+//! Project automation: `cargo xtask demo`, `test`, `bench`, `nested`, `setup`, `check`, `tidy`.
 //!
 //! A fresh machine needs nothing but a Rust toolchain: every verb that needs packages, the guest
 //! kernel or a template runs the setup steps first, and they are cheap when nothing changed.
-#![forbid(unsafe_code)]
 
 mod bench;
 mod check;
 mod command;
 mod demo;
 mod leftovers;
+mod nested;
 mod places;
 mod sdk_programs;
 mod server;
@@ -20,6 +20,7 @@ mod tidy;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -59,6 +60,18 @@ enum Verb {
         #[command(subcommand)]
         only: Option<BenchOnly>,
     },
+    /// Run a command as root in a machine with a working /dev/kvm, made on the spot from Debian
+    /// packages: its files are this host's, what it writes is gone afterwards. Slow: emulated.
+    Nested {
+        /// Seconds the command may take.
+        #[arg(long, value_name = "SECONDS", default_value_t = 900)]
+        timeout: u32,
+        /// The program and its arguments.
+        #[arg(required = true, last = true)]
+        command: Vec<OsString>,
+    },
+    /// Set up, then only the tests of the machine driver on KVM, in that machine.
+    TestNested,
     /// What must be clean before a commit: formatting, clippy without warnings, tidy.
     Check,
     /// Only the project's own rules: layers, file sizes, names, stray paths and hosts.
@@ -92,8 +105,7 @@ enum BenchOnly {
 
 fn main() -> ExitCode {
     match run(Arguments::parse().verb) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
+        Ok(code) => code,
         // Its story is on the screen already, with the log and the fix.
         Err(error) if error.is::<SetupFailed>() => ExitCode::FAILURE,
         Err(error) => {
@@ -103,10 +115,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// `false` means that the verb ran and what it looked at is not in order.
-fn run(verb: Verb) -> Result<bool> {
+/// What this program ends with: a verb that found something not in order ends with a failure.
+fn run(verb: Verb) -> Result<ExitCode> {
     let places = Places::find(settings())?;
-    match verb {
+    let is_in_order = match verb {
         Verb::Demo { release } => demo::run(&places, BuildKind::from_release(release)),
         Verb::Test => test_run::run(&places),
         Verb::Setup { release } => {
@@ -124,9 +136,15 @@ fn run(verb: Verb) -> Result<bool> {
         Verb::Bench { only: Some(BenchOnly::Nbd), .. } => bench::nbd(&places),
         Verb::Bench { only: Some(BenchOnly::Blobs), dev } => bench::blobs(&places, dev),
         Verb::Bench { dev, only: None } => bench::run(&places, BuildKind::from_release(!dev)),
+        Verb::Nested { timeout, command } => {
+            let limit = Duration::from_secs(u64::from(timeout));
+            return nested::run(&places, command, limit).map(ExitCode::from);
+        }
+        Verb::TestNested => test_run::run_nested(&places),
         Verb::Check => check::run(&places),
         Verb::Tidy => Ok(tidy::run(&places)?.is_clean()),
-    }
+    }?;
+    Ok(if is_in_order { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Everything this program reads from its environment, read once.
@@ -138,5 +156,8 @@ fn settings() -> Settings {
         home: std::env::var_os("HOME").map(Into::into),
         data_override: std::env::var_os("BELLJAR_DATA_DIR").map(Into::into),
         search_path: std::env::var_os("PATH").unwrap_or_default(),
+        handed_on: std::env::vars_os()
+            .filter(|(name, _)| name.to_str().is_some_and(nested::is_handed_on))
+            .collect(),
     }
 }

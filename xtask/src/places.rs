@@ -24,6 +24,8 @@ pub(crate) struct Settings {
     pub(crate) data_override: Option<PathBuf>,
     /// `PATH`.
     pub(crate) search_path: OsString,
+    /// What commands inside the outer machine find in their environment.
+    pub(crate) handed_on: Vec<(OsString, OsString)>,
 }
 
 /// Absolute paths every verb works with.
@@ -41,6 +43,8 @@ pub(crate) struct Places {
     data_override: Option<PathBuf>,
     /// `PATH` as it was at the start.
     pub(crate) search_path: OsString,
+    /// See [`Settings::handed_on`].
+    pub(crate) handed_on: Vec<(OsString, OsString)>,
 }
 
 /// One member of the workspace, as `cargo metadata` names it.
@@ -88,6 +92,7 @@ impl Places {
             packages: metadata.packages,
             data_override: settings.data_override.map(std::path::absolute).transpose()?,
             search_path: settings.search_path,
+            handed_on: settings.handed_on,
         })
     }
 
@@ -223,6 +228,7 @@ mod tests {
             home: home.map(Into::into),
             data_override: None,
             search_path: OsString::new(),
+            handed_on: Vec::new(),
         }
     }
 

@@ -4,19 +4,21 @@ mod apt;
 mod apt_sources;
 mod binaries;
 mod kernel;
+mod outer;
 mod packages;
 mod sdks;
 mod template;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
 use crate::places::Places;
 use crate::steps::{self, Finished, Step};
 
 pub(crate) use binaries::belljar_program;
+pub(crate) use outer::OuterParts;
 
 /// How `belljar` is compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,6 +130,24 @@ const NATIVE_BENCH_STEPS: &[Step] = &[
     },
 ];
 
+/// What the machine of `cargo xtask nested` needs.
+const NESTED_STEPS: &[Step] = &[
+    Step {
+        name: "nested-packages",
+        why: "Debian packages that run the outer machine",
+        needs: &[],
+        fix: "run `apt-get update` by hand and read what it says, then try again",
+        run: packages::install_for_nested,
+    },
+    Step {
+        name: "outer",
+        why: "kernel and first files of the outer machine, from Debian packages",
+        needs: &["nested-packages"],
+        fix: "read the log; `apt-get download linux-image-amd64` must work",
+        run: outer::build,
+    },
+];
+
 /// What the benchmark of the control plane needs.
 const CONTROL_BENCH_STEPS: &[Step] = &[BELLJAR];
 
@@ -143,6 +163,22 @@ pub(crate) fn for_native_bench(places: &Places) -> Result<()> {
         anyhow::Error::from(SetupFailed)
     })?;
     Ok(())
+}
+
+/// Brings about the parts of the outer machine only. The caller holds the cache's lock.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn for_nested(places: &Places) -> Result<OuterParts> {
+    if std::env::consts::ARCH != "x86_64" {
+        bail!("the outer machine needs an x86_64 host; this one is {}", std::env::consts::ARCH);
+    }
+    let goal = Goal { build: BuildKind::Dev, data: places.test_data() };
+    steps::run_all(NESTED_STEPS, places, &goal).map_err(|failure| {
+        failure.show();
+        anyhow::Error::from(SetupFailed)
+    })?;
+    OuterParts::current(places)
 }
 
 /// Builds the server only, optimised. The caller holds the cache's lock.
@@ -183,16 +219,31 @@ fn content_key<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
     hex::encode(&hash.finalize()[..8])
 }
 
+/// Points a fixed name at something kept by content. A link, so that the cache stays the only copy.
+fn publish(kept: &Path, asset: &Path) -> Result<()> {
+    if std::fs::read_link(asset).is_ok_and(|target| target == kept) {
+        return Ok(());
+    }
+    let fresh = asset.with_extension("new");
+    if std::fs::symlink_metadata(&fresh).is_ok() {
+        std::fs::remove_file(&fresh)?;
+    }
+    std::os::unix::fs::symlink(kept, &fresh)?;
+    std::fs::rename(&fresh, asset).with_context(|| format!("cannot write {}", asset.display()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn every_need_names_an_earlier_step() {
-        for (at, step) in STEPS.iter().enumerate() {
-            for need in step.needs {
-                let is_earlier = STEPS[..at].iter().any(|earlier| earlier.name == *need);
-                assert!(is_earlier, "{} needs {need}", step.name);
+        for steps in [STEPS, NESTED_STEPS] {
+            for (at, step) in steps.iter().enumerate() {
+                for need in step.needs {
+                    let is_earlier = steps[..at].iter().any(|earlier| earlier.name == *need);
+                    assert!(is_earlier, "{} needs {need}", step.name);
+                }
             }
         }
     }
@@ -202,5 +253,18 @@ mod tests {
         let joined = content_key([&b"ab"[..], b"c"]);
         assert_eq!(joined.len(), 16);
         assert_ne!(joined, content_key([&b"a"[..], b"bc"]));
+    }
+
+    #[test]
+    fn the_asset_follows_the_cache() {
+        let folder = std::env::temp_dir().join(format!("xtask-kernel-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let asset = folder.join("vmlinux");
+        for target in ["one", "two", "two"] {
+            publish(&folder.join(target), &asset).unwrap();
+            assert_eq!(std::fs::read_link(&asset).unwrap(), folder.join(target));
+        }
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1);
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 }

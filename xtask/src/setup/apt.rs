@@ -69,9 +69,7 @@ fn is_new_enough(version: &str, package: &Package) -> Result<bool> {
 
 /// Installs packages, from the release itself where it has them and from its backports where not.
 pub(super) fn install(context: &StepContext<'_>, missing: &[&Package]) -> Result<(), StepError> {
-    context.say("apt-get update");
-    apt_get(context, ["update"])
-        .or_fix("`apt-get update` must work: check /etc/apt and the network")?;
+    update(context)?;
     let (plain, late) = split_by_origin(missing)?;
     if !plain.is_empty() {
         install_from(context, None, &plain)?;
@@ -81,6 +79,21 @@ pub(super) fn install(context: &StepContext<'_>, missing: &[&Package]) -> Result
         install_from(context, Some(&suite), &late)?;
     }
     Ok(())
+}
+
+/// Reads the mirrors' lists.
+pub(super) fn update(context: &StepContext<'_>) -> Result<(), StepError> {
+    context.say("apt-get update");
+    apt_get(context, ["update"])
+        .or_fix("`apt-get update` must work: check /etc/apt and the network")
+}
+
+/// What the package that would be installed says about itself under this name.
+pub(super) fn field(package: &str, name: &str) -> Result<String> {
+    let mut show = apt_cache("show");
+    show.args(["--no-all-versions", package]);
+    let text = command::output(show)?;
+    field_in(&text, name).with_context(|| format!("apt knows no {name} of {package}"))
 }
 
 /// What the release's candidate satisfies, and what only backports can.
@@ -189,6 +202,13 @@ fn candidate(policy: &str) -> Option<String> {
     (version != "(none)").then(|| version.to_owned())
 }
 
+/// One field of one package, from `apt-cache show`.
+fn field_in(show: &str, name: &str) -> Option<String> {
+    let fields = show.lines().filter_map(|line| line.split_once(": "));
+    let (_, value) = fields.into_iter().find(|(key, _)| *key == name)?;
+    Some(value.trim().to_owned())
+}
+
 /// The versions a suite offers, from `apt-cache madison`.
 fn versions_in(madison: &str, suite: &str) -> Vec<String> {
     let mut versions = Vec::new();
@@ -223,6 +243,13 @@ mod tests {
         assert_eq!(candidate(text).as_deref(), Some("1:7.2+dfsg-7"));
         assert_eq!(candidate("qemu:\n  Candidate: (none)\n"), None);
         assert_eq!(candidate(""), None);
+    }
+
+    #[test]
+    fn a_field_is_read_by_its_whole_name() {
+        let text = "Package: a\nPre-Depends: x\nDepends: b (= 1), c\nDescription: Depends: no\n";
+        assert_eq!(field_in(text, "Depends").as_deref(), Some("b (= 1), c"));
+        assert_eq!(field_in(text, "Version"), None);
     }
 
     #[test]

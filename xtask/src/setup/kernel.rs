@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use super::apt::Installed;
-use super::content_key;
+use super::{content_key, publish};
 use crate::command::tied;
 use crate::steps::{OrFix, Outcome, StepContext, StepError};
 
@@ -146,19 +146,6 @@ fn require_space(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Points the asset at the cached file. A link, so that the cache stays the only copy.
-fn publish(kernel: &Path, asset: &Path) -> Result<()> {
-    if std::fs::read_link(asset).is_ok_and(|target| target == kernel) {
-        return Ok(());
-    }
-    let fresh = asset.with_extension("new");
-    if std::fs::symlink_metadata(&fresh).is_ok() {
-        std::fs::remove_file(&fresh)?;
-    }
-    std::os::unix::fs::symlink(kernel, &fresh)?;
-    std::fs::rename(&fresh, asset).with_context(|| format!("cannot write {}", asset.display()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -172,18 +159,5 @@ mod tests {
             lost_options(fragment, config),
             ["CONFIG_B=\"x\"", "CONFIG_E=y", "# CONFIG_F is not set"]
         );
-    }
-
-    #[test]
-    fn the_asset_follows_the_cache() {
-        let folder = std::env::temp_dir().join(format!("xtask-kernel-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).unwrap();
-        let asset = folder.join("vmlinux");
-        for target in ["one", "two", "two"] {
-            publish(&folder.join(target), &asset).unwrap();
-            assert_eq!(std::fs::read_link(&asset).unwrap(), folder.join(target));
-        }
-        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1);
-        std::fs::remove_dir_all(&folder).unwrap();
     }
 }

@@ -52,6 +52,12 @@ const PACKAGES: &[Package] = &[
 const NATIVE_BENCH_PACKAGES: &[Package] =
     &[any("nginx-light", "serves the same files as the guest daemon in its benchmark")];
 
+/// What only the outer machine of `cargo xtask nested` needs.
+const NESTED_PACKAGES: &[Package] = &[
+    at_least("qemu-system-x86", "1:10", "runs the outer machine, and the machines inside it"),
+    any("xz-utils", "unpacks kernel modules"),
+];
+
 /// Installs what is missing, saying which and why.
 pub(super) fn install(context: &StepContext<'_>) -> Result<Outcome, StepError> {
     install_all(context, PACKAGES)
@@ -60,6 +66,11 @@ pub(super) fn install(context: &StepContext<'_>) -> Result<Outcome, StepError> {
 /// As [`install`], for the native benchmark.
 pub(super) fn install_for_native_bench(context: &StepContext<'_>) -> Result<Outcome, StepError> {
     install_all(context, NATIVE_BENCH_PACKAGES)
+}
+
+/// As [`install`], for the outer machine.
+pub(super) fn install_for_nested(context: &StepContext<'_>) -> Result<Outcome, StepError> {
+    install_all(context, NESTED_PACKAGES)
 }
 
 fn install_all(context: &StepContext<'_>, packages: &[Package]) -> Result<Outcome, StepError> {

@@ -63,25 +63,25 @@ fn run(context: &StepContext<'_>, command: Command) -> Result<()> {
 }
 
 /// A file that says from what a result was made.
-struct Stamp {
-    path: PathBuf,
-    key: String,
+pub(super) struct Stamp {
+    pub(super) path: PathBuf,
+    pub(super) key: String,
 }
 
 impl Stamp {
-    fn is_current(&self) -> bool {
+    pub(super) fn is_current(&self) -> bool {
         std::fs::read_to_string(&self.path).is_ok_and(|key| key == self.key)
     }
 
     /// Before the work: a result half made must not pass for the old one.
-    fn withdraw(&self) -> Result<()> {
+    pub(super) fn withdraw(&self) -> Result<()> {
         match std::fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
             _ => Ok(()),
         }
     }
 
-    fn set(&self) -> Result<()> {
+    pub(super) fn set(&self) -> Result<()> {
         std::fs::write(&self.path, &self.key)
             .with_context(|| format!("cannot write {}", self.path.display()))
     }

@@ -20,6 +20,10 @@ impl Tally {
         self.failed.push((name.to_owned(), reason.to_owned()));
     }
 
+    pub(super) fn skip(&mut self, name: &str, reason: &str) {
+        self.skipped.push(format!("{name}: {reason}"));
+    }
+
     pub(super) fn is_clean(&self) -> bool {
         self.failed.is_empty()
     }

@@ -24,6 +24,7 @@ pub use detect::{DetectError, TierReason};
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use belljar_domain::Tier;
@@ -49,6 +50,10 @@ pub struct QemuConfig {
     /// Keeps the guest's console in `console.log` of the run folder, and its kernel talkative. For
     /// finding out why a guest does not start: a guest can fill the host's disk this way.
     pub console_log: bool,
+    /// How long each step of a start may take: from exec to a monitor that answers (50 ms alone, a
+    /// second in a crowd), and loading a saved state (10 ms alone). 20 s; more where QEMU itself runs
+    /// on an emulated processor.
+    pub step_limit: Duration,
 }
 
 impl Default for QemuConfig {
@@ -58,6 +63,7 @@ impl Default for QemuConfig {
             acceleration: Acceleration::Auto,
             cgroup_parent: "belljar".to_owned(),
             console_log: false,
+            step_limit: Duration::from_secs(20),
         }
     }
 }

@@ -26,10 +26,6 @@ use crate::pages::{PageSource, SavedMachine};
 use crate::saved::{self, Checked, SavedFiles, Shape};
 use belljar_domain::{MiB, Tier};
 
-/// From exec to a monitor that answers: 50 ms alone, a second in a crowd.
-const START_LIMIT: Duration = Duration::from_secs(20);
-/// From naming a saved state to a running machine: 10 ms alone.
-const RESTORE_LIMIT: Duration = Duration::from_secs(20);
 /// Copying pages into a new machine: gibibytes, read from a slow disk.
 const INSTALL_LIMIT: Duration = Duration::from_secs(300);
 /// From the end of a connection to the end of its process.
@@ -104,7 +100,7 @@ pub(super) async fn restore(
         started.process.wait().await;
         return Err(e);
     }
-    match load(&mut started.qmp, &state_file).await {
+    match load(&mut started.qmp, &state_file, runtime.config.step_limit).await {
         Ok(()) => Ok(QemuMachine::new(started, keeps)),
         Err(e) => {
             Err(failure("load the saved machine", e, &mut started.process, &started.log).await)
@@ -172,12 +168,12 @@ pub(super) fn state_file(path: &str) -> Value {
 }
 
 /// Loads a saved state and has the machine run.
-async fn load(qmp: &mut Qmp, state: &str) -> Result<(), QmpError> {
-    qmp.execute("migrate-set-capabilities", capabilities(), RESTORE_LIMIT).await?;
-    qmp.migrate("migrate-incoming", state_file(state), RESTORE_LIMIT).await?;
+async fn load(qmp: &mut Qmp, state: &str, limit: Duration) -> Result<(), QmpError> {
+    qmp.execute("migrate-set-capabilities", capabilities(), limit).await?;
+    qmp.migrate("migrate-incoming", state_file(state), limit).await?;
     if !qmp.seen().resumed {
         // It was saved while frozen, and the state remembers that.
-        qmp.execute("cont", json!({}), RESTORE_LIMIT).await?;
+        qmp.execute("cont", json!({}), limit).await?;
     }
     Ok(())
 }
@@ -257,7 +253,7 @@ async fn launch(
     };
     let mut process = runtime.keeper.launch(launch).await?;
     let mut qmp = Qmp::new(qmp);
-    match qmp.execute("qmp_capabilities", json!({}), START_LIMIT).await {
+    match qmp.execute("qmp_capabilities", json!({}), runtime.config.step_limit).await {
         Ok(_) => {
             let name = spec.name.clone();
             Ok(Started { name, process, qmp, control: Box::new(control), log })

@@ -247,7 +247,7 @@ async fn a_full_disk_ends_a_snapshot_and_not_the_machine() {
     let mut control = ready(&mut machine).await;
     let folder = harness.folder("full-snapshot").await;
     let disk = rig::TinyDisk::mount(&folder);
-    control.prepare_snapshot(LIMIT).await.expect("the guest prepares");
+    control.prepare_snapshot(limit()).await.expect("the guest prepares");
     machine.freeze().await.expect("freeze it");
     let target = SnapshotTarget { folder: folder.clone(), pages: Box::<KeptPages>::default() };
     let error = machine.snapshot(target).await.err();
@@ -256,7 +256,7 @@ async fn a_full_disk_ends_a_snapshot_and_not_the_machine() {
     assert!(full, "a full disk says {error:?}");
     assert_eq!(fs::read_dir(&folder).expect("it is there").count(), 0);
     machine.thaw().await.expect("thaw it");
-    control.continue_after_snapshot(LIMIT).await.expect("the guest goes on");
+    control.continue_after_snapshot(limit()).await.expect("the guest goes on");
     machine.kill().await.expect("kill it");
     drop(disk);
     drop(harness);
@@ -311,7 +311,7 @@ async fn measured(
     let mut machine = harness.runtime().restore(spec.clone(), from).await.expect("restore");
     let mut control = ready(&mut machine).await;
     let digest = harness.fill(&mut control, written).await;
-    control.prepare_snapshot(LIMIT).await.expect("the guest prepares");
+    control.prepare_snapshot(limit()).await.expect("the guest prepares");
     machine.freeze().await.expect("freeze it");
     let folder = harness.folder(&format!("{name}-snapshot")).await;
     let pages = KeptPages::default();

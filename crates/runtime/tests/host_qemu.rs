@@ -80,7 +80,10 @@ async fn template_named(harness: &QemuHarness, name: &str) -> (MachineSpec, Path
 
 async fn ready(machine: &mut Box<dyn Machine>) -> GuestControl {
     let mut control = GuestControl::new(machine.take_control().expect("a new machine"));
-    control.init(Init { nonce: 1, ..Init::default() }, limit()).await.expect("the guest is ready");
+    if let Err(e) = control.init(Init { nonce: 1, ..Init::default() }, limit()).await {
+        drop(machine.kill().await);
+        panic!("the guest is not ready: {e}; its machine: {:?}", machine.exited().await);
+    }
     control
 }
 
@@ -115,7 +118,8 @@ async fn a_machine_is_confined_as_its_own_user() {
     rig::give_disk(&spec, 64_001);
     let machine = harness.runtime().restore(spec.clone(), SavedMachine::template(&artifacts)).await;
     let mut machine = machine.expect("restore as a user");
-    ready(&mut machine).await;
+    // Kept until the snapshot is taken: the tiny guest ends with its host's connection.
+    let control = ready(&mut machine).await;
     let id = machine.process_id().expect("QEMU is a process");
     assert_eq!(status_field(id, "Uid"), "64001");
     assert_eq!(status_field(id, "Gid"), "64001");
@@ -134,12 +138,13 @@ async fn a_machine_is_confined_as_its_own_user() {
     machine.freeze().await.expect("freeze it");
     let folder = harness.folder("confined-snapshot").await;
     let saved = snapshot(&mut machine, folder, &artifacts).await;
+    drop(control);
     let mut twin = harness.fork("twin", &spec).await;
     machine.kill().await.expect("kill it");
     twin.identity = Some(Identity { uid: 64_002, gid: 64_002 });
     rig::give_disk(&twin, 64_002);
     let mut machine = harness.runtime().restore(twin, saved).await.expect("restore as another");
-    ready(&mut machine).await;
+    let _control = ready(&mut machine).await;
     let id = machine.process_id().expect("QEMU is a process");
     assert_eq!(status_field(id, "Uid"), "64002");
     machine.kill().await.expect("kill it");

@@ -35,12 +35,7 @@ impl Handed {
         size_bytes: u64,
         identity: Option<Identity>,
     ) -> Result<Handed, StartError> {
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_TMPFILE)
-            .mode(0o600)
-            .open(folder)
+        nameless(folder)
             .and_then(|file| {
                 file.set_len(size_bytes)?;
                 give(&file, identity)?;
@@ -75,6 +70,29 @@ impl Handed {
 
     pub(super) fn into_fd(self) -> OwnedFd {
         self.file.into()
+    }
+}
+
+/// A new file without a name in `folder`, for its owner alone.
+pub(super) fn nameless(folder: &Path) -> io::Result<File> {
+    let open = |flags: i32, path: &Path, new: bool| {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(new)
+            .custom_flags(flags)
+            .mode(0o600)
+            .open(path)
+    };
+    match open(libc::O_TMPFILE, folder, false) {
+        // Not every file system has them; overlayfs before Linux 6.3 does not.
+        Err(e) if e.kind() == io::ErrorKind::Unsupported => {
+            let path = folder.join("nameless");
+            let file = open(0, &path, true)?;
+            fs::remove_file(path)?;
+            Ok(file)
+        }
+        other => other,
     }
 }
 

@@ -19,6 +19,19 @@ DOMAIN = "sandboxes.test"
 PIECE_BYTES = 65536
 
 
+def make_certificate(subject, names, certificate_file, key_file):
+    """One for a day, which nobody signed but itself."""
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+        + ["-subj", f"/CN={subject}", "-addext", f"subjectAltName={names}"]
+        + ["-addext", "basicConstraints=critical,CA:FALSE"]
+        + ["-keyout", str(key_file), "-out", str(certificate_file)],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+
+
 class TlsFront:
     """Use as a context manager; `url` is the proxy, `ca_file` what the SDK must trust."""
 
@@ -54,15 +67,8 @@ class TlsFront:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     def _make_certificate(self):
-        names = f"subjectAltName=DNS:{DOMAIN},DNS:*.{DOMAIN}"
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
-            + ["-subj", f"/CN={DOMAIN}", "-addext", names]
-            + ["-keyout", str(self._key_file), "-out", str(self.ca_file)],
-            check=True,
-            capture_output=True,
-            timeout=60,
-        )
+        names = f"DNS:{DOMAIN},DNS:*.{DOMAIN}"
+        make_certificate(DOMAIN, names, self.ca_file, self._key_file)
 
     async def _connected(self, reader, writer):
         task = asyncio.current_task()

@@ -1,21 +1,27 @@
 """Lifecycle events and webhooks over plain HTTP, against a server that may reach this machine.
 
 Needs `belljar up --webhook-allow-private`, and the admin token for a second team: the variable
-BELLJAR_ADMIN_TOKEN_FILE names its file. See ../README.md.
+BELLJAR_ADMIN_TOKEN_FILE names its file. For deliveries over TLS, BELLJAR_TRUSTED_TLS names a folder with
+`certificate.pem`, which the server trusts and which is for 127.0.0.1, and its `key.pem`. See ../README.md.
 """
 
 import base64
 import hashlib
 import json
+import os
+import ssl
+import tempfile
 import threading
 import time
 import uuid
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import raw
-from checks import Suite, equal, say, true, until
+from checks import Skip, Suite, equal, say, true, until
 from operator_api import TOKEN_FILE, Team, done, token
+from tls_front import make_certificate
 
 suite = Suite("webhooks")
 SECRET = "a secret of the suite"
@@ -23,11 +29,16 @@ CREATED, UPDATED, KILLED = (f"sandbox.lifecycle.{name}" for name in ("created", 
 ALL = [CREATED, UPDATED, KILLED]
 
 
-class Receiver:
-    """A server that notes deliveries. `statuses` are the next answers; later ones are 200."""
+TRUSTED_TLS = "BELLJAR_TRUSTED_TLS"
 
-    def __init__(self):
+
+class Receiver:
+    """A server that notes deliveries. `statuses` are the next answers; later ones are 200. With `tls`, a
+    folder with a certificate and its key, it speaks nothing else."""
+
+    def __init__(self, tls=None):
         self.got, self.statuses = [], []
+        self._tls = tls
         self._lock = threading.Lock()
 
     def __enter__(self):
@@ -44,12 +55,26 @@ class Receiver:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
+            def handle(self):
+                try:
+                    super().handle()
+                except (OSError, ssl.SSLError):
+                    pass  # the caller does not trust it
+
             def log_message(self, *_):
                 pass  # standard output is for the suite's lines
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self.url = "http://127.0.0.1:%d/hook" % self._server.server_address[1]
+        if self._tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self._tls / "certificate.pem", self._tls / "key.pem")
+            # The handshake belongs to the connection's own thread, not to the one that accepts.
+            self._server.socket = context.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
+        scheme = "https" if self._tls else "http"
+        self.url = f"{scheme}://127.0.0.1:{self._server.server_address[1]}/hook"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
         return self
@@ -174,6 +199,27 @@ def retried():
         equal(delivery["attempts"], 2, "attempts")
 
 
+def over_tls():
+    """To whom the server's machine trusts, and to nobody who only says so."""
+    if TRUSTED_TLS not in os.environ:
+        raise Skip(f"{TRUSTED_TLS} names no certificate that the server trusts")
+    with tempfile.TemporaryDirectory() as folder:
+        strange = Path(folder)
+        make_certificate("localhost", "IP:127.0.0.1", strange / "certificate.pem", strange / "key.pem")
+        with Receiver(Path(os.environ[TRUSTED_TLS])) as known, Receiver(strange) as unknown:
+            with webhook(known.url, events=[KILLED]), webhook(unknown.url, events=[KILLED]) as hook:
+                sandbox_id = life()
+                until(30, "the delivery", lambda: known.types(sandbox_id) == [KILLED])
+
+                def tried():
+                    found = done(raw.api("GET", f"/events/webhooks/{hook['id']}/deliveries"), 200)
+                    return [one for one in found if one["attempts"] > 0]
+
+                (delivery,) = until(20, "an attempt at the other", tried)
+                true("certificate" in delivery["lastError"].lower(), f"why it failed: {delivery}")
+                equal(unknown.got, [], "what came to who is not trusted")
+
+
 def other_team():
     sandbox_id = life()
     until(10, "events", lambda: events_of(sandbox_id))
@@ -216,12 +262,24 @@ def refused():
     equal(raw.api("GET", f"/events/sandboxes/i{'0' * 20}").status, 404, "an unknown sandbox")
 
 
+CHECKS = (
+    events,
+    expired_too,
+    delivered,
+    only_what_is_wanted,
+    retried,
+    over_tls,
+    other_team,
+    refused,
+)
+
+
 def main():
     if token() is None:
         say(f"skip webhooks.all: {TOKEN_FILE} is not set; it names a file of the server's data folder")
         return
     with suite:
-        for body in (events, expired_too, delivered, only_what_is_wanted, retried, other_team, refused):
+        for body in CHECKS:
             suite.check(body.__name__, body)
 
 

@@ -33,6 +33,8 @@ const FAKE_TEMPLATE_LIMIT: Duration = Duration::from_secs(60);
 /// says that 256 MiB of the disk are in use.
 const FAKE_KERNEL_BYTES: u64 = 4096;
 const FAKE_DISK_BYTES: u64 = 1024 * 1024 * 1024;
+/// Below the data folder: a certificate that the server on the fake runtime trusts, with its key.
+const TLS_FOLDER: &str = "trusted-tls";
 /// Log lines shown when the server does not come up.
 const TAIL_LINES: usize = 20;
 
@@ -104,8 +106,10 @@ impl Server {
         let mut command = command::tied(&program);
         command.env("BELLJAR_RUNTIME", "fake");
         command.env("BELLJAR_SANDBOXES_MAX", FAKE_SANDBOXES_MAX.to_string());
-        // The suite that receives webhooks does so on this machine.
+        // The suite that receives webhooks does so on this machine, and the server trusts it there.
         command.env("BELLJAR_WEBHOOK_ALLOW_PRIVATE", "true");
+        let tls = data.join(TLS_FOLDER);
+        command.env("SSL_CERT_FILE", make_certificate(&tls)?);
         Server::start_with(command, data, &places.logs().join("server-fake.log"))
     }
 
@@ -171,6 +175,10 @@ impl Server {
             .env("E2B_API_URL", &self.ready.api_url)
             .env("E2B_SANDBOX_URL", &self.ready.sandbox_url)
             .env("BELLJAR_ADMIN_TOKEN_FILE", self.data.join("admin-token"));
+        let tls = self.data.join(TLS_FOLDER);
+        if tls.exists() {
+            command.env("BELLJAR_TRUSTED_TLS", tls);
+        }
     }
 
     /// Ends the server as a service manager would, and looks at what it left.
@@ -188,6 +196,20 @@ impl Server {
         faults.extend(left.into_iter().map(|trace| format!("left over: {trace}")));
         Stopped { took: started.elapsed(), faults }
     }
+}
+
+/// Makes a certificate for servers on this machine, for a day, and its key; answers its path.
+fn make_certificate(folder: &Path) -> Result<PathBuf> {
+    std::fs::create_dir_all(folder)
+        .with_context(|| format!("cannot create {}", folder.display()))?;
+    let (certificate, key) = (folder.join("certificate.pem"), folder.join("key.pem"));
+    let mut openssl = command::tied("openssl");
+    openssl.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]);
+    openssl.args(["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]);
+    openssl.args(["-addext", "basicConstraints=critical,CA:FALSE"]);
+    openssl.arg("-keyout").arg(&key).arg("-out").arg(&certificate);
+    command::output(openssl)?;
+    Ok(certificate)
 }
 
 /// Makes a template `base` for the fake runtime, from an empty kernel and an empty disk.

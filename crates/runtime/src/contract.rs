@@ -20,9 +20,11 @@ use crate::machine::{
 };
 use crate::pages::{SavedMachine, SnapshotTarget};
 
+mod memory_source;
 mod pages;
 mod snapshots;
 
+pub use memory_source::memory_source_suite;
 pub use pages::KeptPages;
 
 /// How long a frozen guest must be silent to count as frozen.

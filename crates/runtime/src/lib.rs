@@ -9,6 +9,7 @@ pub mod fake;
 pub mod machine;
 pub mod pages;
 pub mod qemu;
+pub mod uffd;
 
 mod cgroup;
 mod draft;

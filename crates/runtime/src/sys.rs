@@ -1,5 +1,5 @@
 //! The calls no safe wrapper covers: preparing a forked child, opening a tap, running a tiny
-//! guest on `/dev/kvm`, and reading the time stamp counter.
+//! guest on `/dev/kvm`, installing pages through a userfaultfd, and reading the time stamp counter.
 #![expect(
     unsafe_code,
     reason = "JUSTIFICATION: code between fork and exec, device ioctls and one processor \
@@ -15,6 +15,7 @@ use std::process::Command;
 use crate::machine::Identity;
 
 pub(crate) mod kvm;
+pub(crate) mod userfault;
 
 /// What a child becomes between fork and exec.
 #[derive(Debug, Clone)]

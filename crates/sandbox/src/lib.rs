@@ -11,6 +11,7 @@ pub mod template;
 
 mod boot;
 mod freeze;
+mod image_memory;
 mod inbox;
 mod info;
 mod ledger;
@@ -31,6 +32,7 @@ mod untold;
 
 pub use boot::CreateError;
 pub use freeze::{KeepError, KeepSandbox};
+pub use image_memory::{ImageMemory, StoredMemory};
 pub use info::{AutoPause, CreateSandbox, Ended, SandboxInfo, Starting, Untold, UntoldHow};
 pub use log::{Direction, LogEntry, LogQuery};
 pub use reclaim::Reclaimed;

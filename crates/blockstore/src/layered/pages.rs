@@ -42,6 +42,18 @@ impl LayeredImage {
         self.layers.first().map(|layer| layer.path())
     }
 
+    /// Whether the bytes at `offset` are zeros that no layer has, and for how many bytes up to `limit`
+    /// that is so. A run may end before the next begins: two layers have one each. No I/O.
+    ///
+    /// # Panics
+    /// Unless `offset` and `limit` are whole blocks inside the image, `limit` not 0.
+    pub fn zeros_at(&self, offset: u64, limit: u64) -> (bool, u64) {
+        let blocks = offset / BLOCK_BYTES..(offset + limit) / BLOCK_BYTES;
+        assert!(blocks.start < blocks.end && blocks.end <= self.map.blocks(), "inside the image");
+        let (run, source) = self.map.within(blocks).next().expect("a map has all blocks");
+        (source.layer().is_none(), (run.end - run.start) * BLOCK_BYTES)
+    }
+
     /// The runs that must be laid over a base to have the image's content, in order.
     ///
     /// With `over_layer0` the base is the file of the lowest layer ([`LayeredImage::base_file`]):

@@ -54,6 +54,13 @@ pub(crate) fn blobs(places: &Places, dev: bool) -> Result<bool> {
     Ok(result.success())
 }
 
+/// Times the page server on userfaultfds. `false` if a target was missed.
+pub(crate) fn uffd(places: &Places) -> Result<bool> {
+    let mut bench = places.cargo();
+    bench.args(["bench", "--package", "belljar-runtime", "--bench", "page_server"]);
+    Ok(command::run_streamed(bench, LIMIT, |line| println!("{line}"))?.success())
+}
+
 /// `false` if a target was missed or the benchmark did not run.
 pub(crate) fn run(places: &Places, build: BuildKind) -> Result<bool> {
     let goal = Goal { build, data: places.test_data() };

@@ -101,6 +101,8 @@ enum BenchOnly {
     Nbd,
     /// Time writing and reading stored images against a plain copy of the same file.
     Blobs,
+    /// Time the page server against a plain copy and a private mapping. Needs root, for userfaultfds.
+    Uffd,
 }
 
 fn main() -> ExitCode {
@@ -135,6 +137,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         }
         Verb::Bench { only: Some(BenchOnly::Nbd), .. } => bench::nbd(&places),
         Verb::Bench { only: Some(BenchOnly::Blobs), dev } => bench::blobs(&places, dev),
+        Verb::Bench { only: Some(BenchOnly::Uffd), .. } => bench::uffd(&places),
         Verb::Bench { dev, only: None } => bench::run(&places, BuildKind::from_release(!dev)),
         Verb::Nested { timeout, command } => {
             let limit = Duration::from_secs(u64::from(timeout));

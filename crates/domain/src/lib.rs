@@ -7,6 +7,7 @@ pub mod id;
 pub mod kind;
 pub mod lifecycle;
 pub mod secret;
+pub mod stock;
 pub mod time;
 pub mod units;
 

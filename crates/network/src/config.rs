@@ -42,7 +42,7 @@ pub struct SlotsConfig {
     pub cidr: Ipv4Cidr,
     /// How many slots there are at most, leased and ready together.
     pub capacity: u32,
-    /// With fewer ready slots than this the pool makes more.
+    /// With fewer ready slots than this the pool makes more, and sooner the more were taken lately.
     pub ready_low: u32,
     /// It stops at this many.
     pub ready_high: u32,

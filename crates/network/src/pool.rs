@@ -50,6 +50,8 @@ struct Inner {
     books: Mutex<Books>,
     /// Told after every change that a waiting lease or close could be waiting for.
     changed: Notify,
+    /// What the books count time from.
+    opened: Instant,
 }
 
 #[derive(Debug)]
@@ -114,6 +116,7 @@ impl SlotPool {
             scope: scope.clone(),
             books: Mutex::new(books),
             changed: Notify::new(),
+            opened: Instant::now(),
         });
         inner.refill_if_low();
         Ok(SlotPool { inner, reclaimed })
@@ -255,7 +258,7 @@ impl Inner {
             if inner.scope.is_cancelled() {
                 return Err(LeaseError::Closed);
             }
-            let taken = inner.books().slots.take();
+            let taken = inner.books().slots.take(inner.opened.elapsed());
             match taken {
                 Taken::Slot(index) => {
                     inner.refill_if_low();
@@ -286,7 +289,7 @@ impl Inner {
 
     /// Starts a task that makes slots, if there are too few and none is at it.
     fn refill_if_low(self: &Arc<Self>) {
-        if self.scope.is_cancelled() || !self.books().slots.start_refill() {
+        if self.scope.is_cancelled() || !self.books().slots.start_refill(self.opened.elapsed()) {
             return;
         }
         let inner = self.clone();
@@ -299,7 +302,7 @@ impl Inner {
             let batch = if self.scope.is_cancelled() {
                 Vec::new()
             } else {
-                self.books().slots.next_batch()
+                self.books().slots.next_batch(self.opened.elapsed())
             };
             if batch.is_empty() {
                 break;

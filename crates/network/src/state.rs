@@ -11,6 +11,9 @@
 //! may be left: giving it out again would fail, or worse. The next process reclaims it.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::time::Duration;
+
+use belljar_domain::stock::{Demand, Levels, Stock};
 
 use crate::step::StepFailed;
 
@@ -50,8 +53,8 @@ pub(crate) struct State {
     leased: BTreeSet<u32>,
     ending: BTreeSet<u32>,
     lost: BTreeSet<u32>,
-    low: usize,
-    high: usize,
+    levels: Levels,
+    demand: Demand,
     waiting: usize,
     refilling: bool,
     closed: bool,
@@ -59,7 +62,10 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// With fewer than `low` ready ones more are made, up to `high`; and sooner the more were taken
+    /// lately. Low is at most high.
     pub(crate) fn new(capacity: u32, low: u32, high: u32) -> State {
+        let at_once = u32::try_from(BATCH).unwrap_or(u32::MAX);
         State {
             free: (0..capacity).collect(),
             making: BTreeSet::new(),
@@ -67,8 +73,8 @@ impl State {
             leased: BTreeSet::new(),
             ending: BTreeSet::new(),
             lost: BTreeSet::new(),
-            low: low as usize,
-            high: high as usize,
+            levels: Levels::new(low, high, at_once).expect("the plan was checked"),
+            demand: Demand::default(),
             waiting: 0,
             refilling: false,
             closed: false,
@@ -76,13 +82,14 @@ impl State {
         }
     }
 
-    /// Takes a ready slot.
-    pub(crate) fn take(&mut self) -> Taken {
+    /// Takes a ready slot at `now`, a time since any start.
+    pub(crate) fn take(&mut self, now: Duration) -> Taken {
         if self.closed {
             return Taken::Closed;
         }
         if let Some(index) = self.ready.pop_front() {
             self.leased.insert(index);
+            self.demand.took(now);
             return Taken::Slot(index);
         }
         if self.free.is_empty() && self.making.is_empty() && self.ending.is_empty() {
@@ -103,21 +110,31 @@ impl State {
 
     /// Whether somebody must start refilling; that somebody must then call [`State::next_batch`]
     /// until it is empty.
-    pub(crate) fn start_refill(&mut self) -> bool {
-        let low = self.ready.len() < self.low || self.ready.len() < self.waiting;
-        let start = low && !self.refilling && !self.closed && !self.free.is_empty();
+    pub(crate) fn start_refill(&mut self, now: Duration) -> bool {
+        let start = !self.refilling && !self.closed && self.to_make(now) > 0;
         self.refilling |= start;
         start
     }
 
     /// The next slots to make; none when there are enough, and then refilling is over.
-    pub(crate) fn next_batch(&mut self) -> Vec<u32> {
-        let wanted = (self.high + self.waiting).saturating_sub(self.ready.len());
-        let count = if self.closed { 0 } else { wanted.min(BATCH).min(self.free.len()) };
+    pub(crate) fn next_batch(&mut self, now: Duration) -> Vec<u32> {
+        let count = if self.closed { 0 } else { self.to_make(now) };
         let batch: Vec<u32> = self.free.drain(..count).collect();
         self.making.extend(&batch);
         self.refilling = !batch.is_empty();
         batch
+    }
+
+    /// At most as many as are free.
+    fn to_make(&self, now: Duration) -> usize {
+        let count = |of: usize| u32::try_from(of).unwrap_or(u32::MAX);
+        let stock = Stock {
+            ready: count(self.ready.len()),
+            making: count(self.making.len()),
+            waiting: count(self.waiting),
+            room: count(self.free.len()),
+        };
+        self.levels.to_make(stock, self.demand.lately(now), self.refilling) as usize
     }
 
     /// Ends refilling early. What the batch did not account for is lost.
@@ -206,11 +223,15 @@ mod tests {
     use super::*;
 
     fn fill(state: &mut State) {
-        if !state.start_refill() {
+        fill_at(state, Duration::ZERO);
+    }
+
+    fn fill_at(state: &mut State, now: Duration) {
+        if !state.start_refill(now) {
             return;
         }
         loop {
-            let batch = state.next_batch();
+            let batch = state.next_batch(now);
             if batch.is_empty() {
                 break;
             }
@@ -227,19 +248,36 @@ mod tests {
         let mut state = State::new(100, 2, 20);
         fill(&mut state);
         assert_eq!(state.ready.len(), 20);
-        for _ in 0..18 {
-            assert!(matches!(state.take(), Taken::Slot(_)));
-            assert!(!state.start_refill());
+        let slowly = |taken: u64| Duration::from_secs(taken * 1000);
+        for taken in 0..18 {
+            assert!(matches!(state.take(slowly(taken)), Taken::Slot(_)));
+            assert!(!state.start_refill(slowly(taken)));
         }
-        assert!(matches!(state.take(), Taken::Slot(_)));
-        assert!(state.start_refill());
-        assert!(!state.start_refill(), "one refill at a time");
+        assert!(matches!(state.take(slowly(18)), Taken::Slot(_)));
+        assert!(state.start_refill(slowly(18)));
+        assert!(!state.start_refill(slowly(18)), "one refill at a time");
+    }
+
+    #[test]
+    fn a_burst_is_refilled_before_it_is_over() {
+        let mut state = State::new(100, 2, 20);
+        fill(&mut state);
+        let taken = (1..20).find(|_| {
+            assert!(matches!(state.take(Duration::ZERO), Taken::Slot(_)));
+            state.start_refill(Duration::ZERO)
+        });
+        assert_eq!(taken, Some(11), "fewer are left than were taken");
+        // A minute later all is as it was.
+        let later = Duration::from_secs(100);
+        state.refilling = false;
+        fill_at(&mut state, later);
+        assert_eq!(state.ready.len(), 9);
     }
 
     #[test]
     fn waiting_leases_raise_the_target() {
         let mut state = State::new(100, 0, 0);
-        assert!(!state.start_refill());
+        assert!(!state.start_refill(Duration::ZERO));
         (0..30).for_each(|_| state.start_waiting());
         fill(&mut state);
         assert_eq!(state.ready.len(), 30);
@@ -249,38 +287,38 @@ mod tests {
     fn exhausted_means_every_slot_is_leased_or_lost() {
         let mut state = State::new(2, 1, 1);
         fill(&mut state);
-        let Taken::Slot(first) = state.take() else { panic!("one is ready") };
-        assert_eq!(state.take(), Taken::Wait, "one is free");
+        let Taken::Slot(first) = state.take(Duration::ZERO) else { panic!("one is ready") };
+        assert_eq!(state.take(Duration::ZERO), Taken::Wait, "one is free");
         fill(&mut state);
-        let Taken::Slot(second) = state.take() else { panic!("one is ready") };
-        assert_eq!(state.take(), Taken::Exhausted);
+        let Taken::Slot(second) = state.take(Duration::ZERO) else { panic!("one is ready") };
+        assert_eq!(state.take(Duration::ZERO), Taken::Exhausted);
         assert!(state.start_end(first));
         assert!(!state.start_end(first), "no slot ends twice");
-        assert_eq!(state.take(), Taken::Wait, "one will be free");
+        assert_eq!(state.take(Duration::ZERO), Taken::Wait, "one will be free");
         state.ended(first, false);
-        assert_eq!(state.take(), Taken::Exhausted, "it was lost");
+        assert_eq!(state.take(Duration::ZERO), Taken::Exhausted, "it was lost");
         assert!(state.start_end(second));
         state.ended(second, true);
         fill(&mut state);
-        assert_eq!(state.take(), Taken::Slot(second));
+        assert_eq!(state.take(Duration::ZERO), Taken::Slot(second));
     }
 
     #[test]
     fn a_freed_index_goes_to_the_back() {
         let mut state = State::new(3, 1, 1);
         fill(&mut state);
-        assert_eq!(state.take(), Taken::Slot(0));
+        assert_eq!(state.take(Duration::ZERO), Taken::Slot(0));
         assert!(state.start_end(0));
         state.ended(0, true);
         fill(&mut state);
-        assert_eq!(state.take(), Taken::Slot(1));
+        assert_eq!(state.take(Duration::ZERO), Taken::Slot(1));
     }
 
     #[test]
     fn a_failure_is_seen_once_and_a_broken_batch_is_lost() {
         let mut state = State::new(4, 1, 4);
-        assert!(state.start_refill());
-        let batch = state.next_batch();
+        assert!(state.start_refill(Duration::ZERO));
+        let batch = state.next_batch(Duration::ZERO);
         let seen = state.failures();
         state.not_made(batch[0], failed(), false);
         assert_eq!(state.failure_after(seen).map(|f| f.index), Some(batch[0]));
@@ -294,10 +332,10 @@ mod tests {
     fn a_closed_pool_is_over_when_the_last_slot_is_gone() {
         let mut state = State::new(3, 1, 2);
         fill(&mut state);
-        let Taken::Slot(leased) = state.take() else { panic!("one is ready") };
+        let Taken::Slot(leased) = state.take(Duration::ZERO) else { panic!("one is ready") };
         state.close();
-        assert_eq!(state.take(), Taken::Closed);
-        assert!(!state.start_refill());
+        assert_eq!(state.take(Duration::ZERO), Taken::Closed);
+        assert!(!state.start_refill(Duration::ZERO));
         for index in state.end_ready() {
             state.ended(index, true);
         }

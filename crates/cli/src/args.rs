@@ -3,6 +3,7 @@
 mod blob;
 mod operator;
 mod platform;
+mod warm;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -15,6 +16,7 @@ pub(crate) use operator::{
     KeyCommand, LimitOptions, TeamCommand, TierCommand, TokenCommand, UserCommand,
 };
 pub(crate) use platform::PlatformOptions;
+pub(crate) use warm::{WarmOption, plan as plan_warm};
 
 /// A self-hosted sandbox cloud for AI agents that speaks the E2B API.
 ///
@@ -105,7 +107,7 @@ pub(crate) struct Up {
         long = "node",
         env = "BELLJAR_NODES",
         value_delimiter = ',',
-        conflicts_with = "runtime",
+        conflicts_with_all = ["runtime", "warm"],
         value_name = "SOCKET"
     )]
     pub(crate) nodes: Vec<PathBuf>,
@@ -154,6 +156,18 @@ pub(crate) struct HostOptions {
     /// Most sandboxes at once.
     #[arg(long, env = "BELLJAR_SANDBOXES_MAX", default_value_t = 100, value_name = "N")]
     pub(crate) sandboxes_max: u16,
+    /// Most network slots made ahead of sandboxes; 0 makes each when it is wanted.
+    ///
+    /// A third of them is kept when nothing happens, and more the more sandboxes are started.
+    #[arg(long, env = "BELLJAR_SLOTS_READY", default_value_t = 12, value_name = "N")]
+    pub(crate) slots_ready: u16,
+    /// Keep N sandboxes of a template ready, so that a create of it takes one instead of starting one;
+    /// may be repeated.
+    ///
+    /// They count as sandboxes of this host, and make room when it is full. Creates without internet
+    /// access do not take them.
+    #[arg(long, env = "BELLJAR_WARM", value_delimiter = ',', value_name = "TEMPLATE=N")]
+    pub(crate) warm: Vec<WarmOption>,
 }
 
 /// How sandboxes are isolated.

@@ -15,7 +15,7 @@ use belljar_runtime::qemu::{Acceleration, QemuConfig, QemuRuntime};
 use belljar_sandbox::template::reclaim_drafts;
 use belljar_sandbox::{Deps, Sandboxes};
 
-use crate::args::{HostOptions, RuntimeChoice};
+use crate::args::{HostOptions, RuntimeChoice, plan_warm};
 use crate::output;
 use crate::preset::{Local, SlotRange};
 
@@ -41,6 +41,7 @@ pub(crate) struct Host {
 
 impl Host {
     pub(crate) async fn open(local: &Local, options: &HostOptions, root: &Scope) -> Result<Host> {
+        let warm = plan_warm(&options.warm, options.sandboxes_max)?;
         let templates = local.templates_dir();
         std::fs::create_dir_all(&templates)
             .with_context(|| format!("failed to make {}", templates.display()))?;
@@ -49,7 +50,7 @@ impl Host {
         let (slots, range) = open_slots(local, options, root).await?;
         let clock = Clock::of_host(root).context("failed to watch the wall clock")?;
         let deps = Deps { runtime: isolation.runtime.clone(), slots: slots.clone(), clock };
-        let settings = local.sandbox_settings(options, range);
+        let settings = local.sandbox_settings(options, warm, range);
         let opened = Sandboxes::open(settings, deps, root.child("sandboxes")).await;
         let (sandboxes, reclaimed) = match opened {
             Ok(opened) => opened,
@@ -157,23 +158,30 @@ async fn open_slots(
              which isolates nothing"
         ));
     }
-    let (pool, range) = open_slot_pool(local, u32::from(options.sandboxes_max), root).await?;
+    let capacity = u32::from(options.sandboxes_max);
+    let ready = u32::from(options.slots_ready).min(capacity);
+    let (pool, range) = open_slot_pool(local, (capacity, ready), root).await?;
     Ok((Arc::new(pool), range))
 }
 
-/// Opens the real slot pool on the first address range this host does not use. Also used when a
-/// template is built.
+/// Opens the real slot pool, of so many and so many of them ready, on the first address range this host
+/// does not use. Also used when a template is built.
 pub(crate) async fn open_slot_pool(
     local: &Local,
-    capacity: u32,
+    (capacity, ready_high): (u32, u32),
     root: &Scope,
 ) -> Result<(SlotPool, SlotRange)> {
     const FAILED: &str =
         "failed to set up sandbox networking; `belljar doctor` says what is missing";
     let mut taken = None;
     for range in local.first_range().all() {
-        let config =
-            SlotsConfig { cidr: range.cidr(), capacity, ..SlotsConfig::new(&local.host_tag) };
+        let config = SlotsConfig {
+            cidr: range.cidr(),
+            capacity,
+            ready_low: ready_high.div_ceil(3),
+            ready_high,
+            ..SlotsConfig::new(&local.host_tag)
+        };
         match SlotPool::open(config, root).await {
             Ok(pool) => return Ok((pool, range)),
             Err(e @ OpenError::RangeTaken { .. }) => taken = Some(e),

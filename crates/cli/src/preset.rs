@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use belljar_network::Ipv4Cidr;
 use belljar_sandbox::admission::Limits;
 use belljar_sandbox::metrics::Figures;
-use belljar_sandbox::{MetricsFrom, Settings};
+use belljar_sandbox::{MetricsFrom, Settings, Warm};
 use sha2::{Digest as _, Sha256};
 
 use crate::args::{HostOptions, Place, RuntimeChoice};
@@ -123,8 +123,14 @@ impl Local {
         self.is_root.then(|| MACHINE_UID_BASE + u32::from(range.0) * SlotRange::ADDRESSES)
     }
 
-    pub(crate) fn sandbox_settings(&self, options: &HostOptions, range: SlotRange) -> Settings {
+    pub(crate) fn sandbox_settings(
+        &self,
+        options: &HostOptions,
+        warm: Vec<Warm>,
+        range: SlotRange,
+    ) -> Settings {
         Settings {
+            warm,
             host_tag: self.host_tag.clone(),
             ledger_dir: self.data_dir.join("ledger"),
             untold_dir: self.data_dir.join("untold-ends"),

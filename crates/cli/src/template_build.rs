@@ -202,7 +202,7 @@ async fn open_slots(
     match runtime {
         RuntimeChoice::Fake => Ok((Arc::new(FakeSlots::new(BUILD_SLOTS)), local.first_range())),
         RuntimeChoice::Auto | RuntimeChoice::Emulated => {
-            let (pool, range) = open_slot_pool(local, BUILD_SLOTS, scope).await?;
+            let (pool, range) = open_slot_pool(local, (BUILD_SLOTS, BUILD_SLOTS), scope).await?;
             Ok((Arc::new(pool), range))
         }
     }

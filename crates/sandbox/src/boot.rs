@@ -26,7 +26,7 @@ use belljar_wire::guest::Init;
 use crate::admission::Refused;
 use crate::freeze::Held;
 use crate::info::{CreateSandbox, SandboxInfo};
-use crate::ledger::{Entry, Ledger, Run};
+use crate::ledger::{Entry, Ledger, Line, Run};
 use crate::record::RecordError;
 use crate::settings::{Deps, Settings};
 use crate::source::{Saved, Source};
@@ -139,14 +139,15 @@ pub(crate) struct Booted {
 }
 
 /// The files of one sandbox on this host.
-struct Places {
-    machine: String,
-    run_dir: PathBuf,
-    overlay: PathBuf,
+#[derive(Debug, Clone)]
+pub(crate) struct Places {
+    pub(crate) machine: String,
+    pub(crate) run_dir: PathBuf,
+    pub(crate) overlay: PathBuf,
 }
 
 impl Places {
-    fn of(settings: &Settings, sandbox_id: &SandboxId) -> Places {
+    pub(crate) fn of(settings: &Settings, sandbox_id: &SandboxId) -> Places {
         Places {
             machine: format!("{}-{sandbox_id}", settings.host_tag),
             run_dir: settings.run_dir.join(sandbox_id.as_str()),
@@ -185,11 +186,69 @@ async fn acquire(
 ) -> Result<(Box<dyn Machine>, GuestControl, SandboxInfo, Held), CreateError> {
     let started_at = clock::now();
     let places = Places::of(settings, &request.sandbox_id);
-    enter_ledger(ledger, request, source, &places, started_at.0, undo)?;
+    enter_ledger(ledger, &entry_of(request, source, &places, started_at), undo)?;
     reach(Point::BootInLedger);
+    let wanted = Wanted { internet: request.allow_internet_access, cold: request.cold_boot };
+    let stood = stand_up(deps, settings, source, &places, wanted, undo).await?;
+    reach(Point::BootMachineStarted);
+    let Stood { mut machine, memory, disk, route_ip, boots } = stood;
+    let (control, envd_version) =
+        match become_sandbox(&mut *machine, guest_init(request), settings, boots).await {
+            Ok(ready) => ready,
+            Err(source) => return Err(not_ready(machine, source, undo).await),
+        };
+    reach(Point::BootGuestReady);
+    let info = describe(request, source, (route_ip, started_at), &envd_version);
+    let leaves_layers = source.snapshot.is_some();
+    let held = Held { source: Arc::clone(source), disk, memory, leaves_layers };
+    Ok((machine, control, info, held))
+}
+
+/// The error of a guest that did not become ready; kills its machine.
+pub(crate) async fn not_ready(
+    mut machine: Box<dyn Machine>,
+    source: ControlError,
+    undo: &mut Teardown,
+) -> CreateError {
+    if let Err(e) = machine.kill().await {
+        undo.note_leak("machine", e.to_string());
+    }
+    CreateError::Guest { source }
+}
+
+/// What a machine is stood up with.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wanted {
+    /// Whether it may reach out.
+    pub(crate) internet: bool,
+    /// Whether it boots from its disk alone.
+    pub(crate) cold: bool,
+}
+
+/// A machine that runs, and whose guest was told nothing.
+pub(crate) struct Stood {
+    pub(crate) machine: Box<dyn Machine>,
+    /// What its memory started from.
+    pub(crate) memory: Arc<LayeredImage>,
+    /// Its private disk; `None` where machines read none.
+    pub(crate) disk: Option<Arc<Overlay>>,
+    pub(crate) route_ip: Ipv4Addr,
+    /// Whether its guest boots, instead of going on.
+    pub(crate) boots: bool,
+}
+
+/// Acquires what a machine needs, and starts it. What it holds is in the ledger already.
+pub(crate) async fn stand_up(
+    deps: &Deps,
+    settings: &Settings,
+    source: &Arc<Source>,
+    places: &Places,
+    wanted: Wanted,
+    undo: &mut Teardown,
+) -> Result<Stood, CreateError> {
     make_run_dir(&places.run_dir, undo)?;
     reach(Point::BootFolderMade);
-    let (network, slot_index) = lease_slot(deps, request, undo).await?;
+    let (network, slot_index) = lease_slot(deps, wanted.internet, undo).await?;
     reach(Point::BootSlotLeased);
     let route_ip = network.host_ip;
     let identity = settings
@@ -197,7 +256,7 @@ async fn acquire(
         .map(|base| Identity { uid: base + slot_index, gid: base + slot_index });
     let (mut root_disk, mut disk) = (Vec::new(), None);
     if deps.runtime.reads_disks() {
-        let (export, overlay) = export_disk(&source.root_disk, &places, identity, undo)?;
+        let (export, overlay) = export_disk(&source.root_disk, places, identity, undo)?;
         root_disk.push(export);
         disk = Some(overlay);
     }
@@ -211,30 +270,15 @@ async fn acquire(
         identity,
     };
     reach(Point::BootDiskReady);
-    let saved = source.saved.as_ref().filter(|_| !request.cold_boot);
-    let (mut machine, memory) = match saved {
+    let saved = source.saved.as_ref().filter(|_| !wanted.cold);
+    let (machine, memory) = match saved {
         Some(saved) => restore(deps, saved, spec).await?,
         None => cold_boot(deps, &settings.templates_dir(), source, spec).await?,
     };
-    reach(Point::BootMachineStarted);
-    let becomes = become_sandbox(&mut *machine, request, settings, saved.is_none());
-    let (control, envd_version) = match becomes.await {
-        Ok(ready) => ready,
-        Err(source) => {
-            if let Err(e) = machine.kill().await {
-                undo.note_leak("machine", e.to_string());
-            }
-            return Err(CreateError::Guest { source });
-        }
-    };
-    reach(Point::BootGuestReady);
-    let info = describe(request, source, (route_ip, started_at), &envd_version);
-    let leaves_layers = source.snapshot.is_some();
-    let held = Held { source: Arc::clone(source), disk, memory, leaves_layers };
-    Ok((machine, control, info, held))
+    Ok(Stood { machine, memory, disk, route_ip, boots: saved.is_none() })
 }
 
-fn describe(
+pub(crate) fn describe(
     request: &CreateSandbox,
     source: &Source,
     (route_ip, started_at): (Ipv4Addr, UnixMillis),
@@ -294,9 +338,10 @@ async fn cold_boot(
     Ok((machine, Arc::new(memory)))
 }
 
-async fn become_sandbox(
+/// Takes the guest's control channel and tells it who it is.
+pub(crate) async fn become_sandbox(
     machine: &mut dyn Machine,
-    request: &CreateSandbox,
+    init: Init,
     settings: &Settings,
     boots: bool,
 ) -> Result<(GuestControl, String), ControlError> {
@@ -305,18 +350,17 @@ async fn become_sandbox(
     if boots {
         control.booted(settings.boot_deadline).await?;
     }
-    let version = control.init(guest_init(request), settings.ready_deadline).await?;
+    let version = control.init(init, settings.ready_deadline).await?;
     Ok((control, version))
 }
 
-fn enter_ledger(
-    ledger: &Ledger,
+/// The ledger's entry of a sandbox.
+pub(crate) fn entry_of(
     request: &CreateSandbox,
     source: &Source,
     places: &Places,
-    started_at_unix_ms: i64,
-    undo: &mut Teardown,
-) -> Result<(), CreateError> {
+    started_at: UnixMillis,
+) -> Entry {
     let run = Run {
         template_id: request.template_id.to_string(),
         build_id: request.build_id.to_string(),
@@ -326,22 +370,26 @@ fn enter_ledger(
         disk_mib: source.disk.0,
         terms: request.terms.to_string(),
     };
-    let entry = Entry::new(
+    Entry::new(
         (request.sandbox_id.as_str(), request.execution_id.as_str()),
         &places.machine,
         (places.run_dir.clone(), places.overlay.clone()),
-        started_at_unix_ms,
+        started_at.0,
         run,
-    );
-    ledger
-        .write(&entry)
+    )
+}
+
+/// Writes what is about to be held into the ledger.
+pub(crate) fn enter_ledger(
+    ledger: &Ledger,
+    entry: &Entry,
+    undo: &mut Teardown,
+) -> Result<Line, CreateError> {
+    let line = Line::write(ledger, entry)
         .map_err(|source| CreateError::Io { step: "write the ledger entry", source })?;
-    let (ledger, id) = (ledger.clone(), entry.sandbox_id);
-    undo.push_if_clean(
-        "ledger entry",
-        async move { ledger.remove(&id).map_err(|e| e.to_string()) },
-    );
-    Ok(())
+    let written = line.clone();
+    undo.push_if_clean("ledger entry", async move { written.remove().map_err(|e| e.to_string()) });
+    Ok(line)
 }
 
 fn make_run_dir(run_dir: &Path, undo: &mut Teardown) -> Result<(), CreateError> {
@@ -358,11 +406,10 @@ fn make_run_dir(run_dir: &Path, undo: &mut Teardown) -> Result<(), CreateError> 
 /// Leases a slot; answers the machine's view of it and its index.
 async fn lease_slot(
     deps: &Deps,
-    request: &CreateSandbox,
+    internet: bool,
     undo: &mut Teardown,
 ) -> Result<(NetworkAttachment, u32), CreateError> {
-    let policy =
-        if request.allow_internet_access { EgressPolicy::Internet } else { EgressPolicy::None };
+    let policy = if internet { EgressPolicy::Internet } else { EgressPolicy::None };
     let slot = deps.slots.lease(policy).await.map_err(|source| CreateError::Network { source })?;
     let attachment = NetworkAttachment {
         netns: slot.netns.clone(),
@@ -400,7 +447,7 @@ fn export_disk(
 }
 
 /// What the guest is told.
-fn guest_init(request: &CreateSandbox) -> Init {
+pub(crate) fn guest_init(request: &CreateSandbox) -> Init {
     let entropy: [u8; 32] = rand::random();
     Init {
         nonce: rand::random(),

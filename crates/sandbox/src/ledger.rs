@@ -8,11 +8,16 @@
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-/// Format of the entry below. Format 1, which is still read, was without `run`.
+/// Format of a sandbox's entry. Format 1 is without `run`: what sandboxes once had, and what a machine
+/// has that is nobody's yet.
 const FORMAT: u32 = 2;
+const FORMAT_WITHOUT_RUN: u32 = 1;
+/// The run of a machine that is nobody's.
+const SPARE: &str = "spare";
 
 /// One sandbox's holdings.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,7 +33,7 @@ pub(crate) struct Entry {
     /// The private disk file.
     pub(crate) overlay: PathBuf,
     pub(crate) started_at_unix_ms: i64,
-    /// What it was; absent in format 1.
+    /// What it was; absent in format 1, so that nobody is told of its end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) run: Option<Run>,
 }
@@ -65,6 +70,67 @@ impl Entry {
             started_at_unix_ms,
             run: Some(run),
         }
+    }
+
+    /// Of a machine that stands ready for whoever comes. Servers that know of no such thing reclaim it
+    /// all the same.
+    pub(crate) fn spare(
+        id: &str,
+        machine: &str,
+        (run_dir, overlay): (PathBuf, PathBuf),
+        started_at_unix_ms: i64,
+    ) -> Entry {
+        Entry {
+            format: FORMAT_WITHOUT_RUN,
+            sandbox_id: id.to_owned(),
+            execution_id: SPARE.to_owned(),
+            machine: machine.to_owned(),
+            run_dir,
+            overlay,
+            started_at_unix_ms,
+            run: None,
+        }
+    }
+
+    /// Whether it was never anybody's sandbox.
+    pub(crate) fn is_spare(&self) -> bool {
+        self.execution_id == SPARE
+    }
+}
+
+/// The entry that names what a machine holds. It changes hands with the machine.
+#[derive(Debug, Clone)]
+pub(crate) struct Line {
+    ledger: Ledger,
+    // Held to look or to change, never across a wait.
+    sandbox_id: Arc<Mutex<String>>,
+}
+
+impl Line {
+    /// Writes the entry.
+    pub(crate) fn write(ledger: &Ledger, entry: &Entry) -> io::Result<Line> {
+        ledger.write(entry)?;
+        let sandbox_id = Arc::new(Mutex::new(entry.sandbox_id.clone()));
+        Ok(Line { ledger: ledger.clone(), sandbox_id })
+    }
+
+    /// Names the same things by another entry. The new one is there before the old one goes: what a
+    /// kill in between leaves is named twice, and removed once.
+    pub(crate) fn pass_to(&self, entry: &Entry) -> io::Result<()> {
+        self.ledger.write(entry)?;
+        let old = std::mem::replace(&mut *self.id(), entry.sandbox_id.clone());
+        self.ledger.remove(&old)
+    }
+
+    /// Removes the entry.
+    pub(crate) fn remove(&self) -> io::Result<()> {
+        let id = self.id().clone();
+        self.ledger.remove(&id)
+    }
+
+    fn id(&self) -> MutexGuard<'_, String> {
+        // Every change is one assignment.
+        self.sandbox_id.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -121,7 +187,7 @@ fn read(path: &Path) -> Option<Entry> {
     }
     let entry: Entry = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
     let whole = match entry.format {
-        1 => entry.run.is_none(),
+        FORMAT_WITHOUT_RUN => entry.run.is_none(),
         FORMAT => entry.run.is_some(),
         _ => false,
     };
@@ -184,6 +250,20 @@ mod tests {
         let (entries, unreadable) = ledger.entries().expect("read");
         assert_eq!(entries, [Entry { format: 1, run: None, ..entry() }]);
         assert!(unreadable.is_empty());
+    }
+
+    #[test]
+    fn an_entry_changes_hands() {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let ledger = Ledger::open(dir.path().to_owned()).expect("open");
+        let spare = Entry::spare("is", "m-is", ("/run/s".into(), "/data/s".into()), 4);
+        let line = Line::write(&ledger, &spare).expect("write");
+        assert_eq!(ledger.entries().expect("read").0, [spare.clone()]);
+        assert!(spare.is_spare() && !entry().is_spare());
+        line.pass_to(&entry()).expect("pass on");
+        assert_eq!(ledger.entries().expect("read").0, [entry()]);
+        line.clone().remove().expect("remove");
+        assert!(ledger.entries().expect("read").0.is_empty());
     }
 
     #[test]

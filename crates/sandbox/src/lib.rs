@@ -27,8 +27,10 @@ mod settings;
 mod shelf;
 mod snapshot;
 mod source;
+mod spare;
 mod table;
 mod untold;
+mod warm;
 
 pub use boot::CreateError;
 pub use freeze::{KeepError, KeepSandbox};
@@ -38,6 +40,6 @@ pub use log::{Direction, LogEntry, LogQuery};
 pub use reclaim::Reclaimed;
 pub use record::RecordError;
 pub use registry::{OpenError, SandboxNotFound, Sandboxes, Usage};
-pub use settings::{Deps, MetricsFrom, Settings};
+pub use settings::{Deps, MetricsFrom, Settings, Warm};
 pub use shelf::{DeleteSnapshotError, SnapshotNotFound};
 pub use snapshot::SnapshotMeta;

@@ -25,17 +25,19 @@ use crate::source::Source;
 use crate::table::Running;
 
 impl Inner {
-    /// The whole life of one sandbox. Run it shielded. Who waits for the last of it waits until the
+    /// The whole life of one sandbox, of which `promised` says whether it gets a machine that stands ready.
+    /// Run it shielded. Who waits for the last of it waits until the
     /// inbox is dropped.
     pub(crate) fn live(
         self: Arc<Self>,
         request: CreateSandbox,
         source: Arc<Source>,
+        promised: bool,
         inbox: Inbox,
         answer: oneshot::Sender<Result<SandboxInfo, CreateError>>,
     ) -> impl Future<Output = Result<(), Infallible>> + Send + 'static {
         // Start and end are large and short: on the heap, so that a sandbox that lives has neither.
-        let begin = Box::pin(Arc::clone(&self).begin(request, source, inbox, answer));
+        let begin = Box::pin(Arc::clone(&self).begin(request, source, promised, inbox, answer));
         async move {
             let Some(mut owner) = begin.await else { return Ok(()) };
             let end = owner.own(&self).await;
@@ -97,11 +99,12 @@ impl Inner {
         self: Arc<Self>,
         mut request: CreateSandbox,
         source: Arc<Source>,
+        promised: bool,
         mut inbox: Inbox,
         answer: oneshot::Sender<Result<SandboxInfo, CreateError>>,
     ) -> Option<Owner> {
         reach(Point::BootIdTaken);
-        let booted = match self.start(&source, &mut request, &mut inbox).await {
+        let booted = match self.start(&source, &mut request, promised, &mut inbox).await {
             Err(e) => {
                 self.not_started(&request, e, answer);
                 return None;
@@ -150,18 +153,20 @@ impl Inner {
         let _caller_gone = answer.send(Err(error)).is_err();
     }
 
-    /// Waits for a turn, boots, and does what was asked of the sandbox meanwhile.
+    /// Takes what stands ready, or waits for a turn and boots; and does what was asked of the sandbox
+    /// meanwhile.
     async fn start(
         &self,
         source: &Arc<Source>,
         request: &mut CreateSandbox,
+        promised: bool,
         inbox: &mut Inbox,
     ) -> Result<Booted, CreateError> {
-        let killed = || CreateError::Killed { sandbox_id: request.sandbox_id.clone() };
-        let turn = self.turn(&mut request.end_at, inbox).await?.ok_or_else(killed)?;
-        let mut booted =
-            boot(&self.deps, &self.settings, &self.ledger, &self.scope, source, request).await?;
-        drop(turn);
+        let warm = if promised { self.take_warm(request).await } else { None };
+        let mut booted = match warm {
+            Some(booted) => booted,
+            None => self.boot_in_turn(source, request, inbox).await?,
+        };
         let info = &mut booted.info;
         let asked_to_end = std::iter::from_fn(|| inbox.try_next())
             .any(|command| command.while_starting(&mut info.end_at) == Starts::Not);
@@ -172,6 +177,17 @@ impl Inner {
         drop(control);
         give_back(&request.sandbox_id, machine, undo, EndReason::Killed).await;
         Err(CreateError::Killed { sandbox_id: request.sandbox_id.clone() })
+    }
+
+    async fn boot_in_turn(
+        &self,
+        source: &Arc<Source>,
+        request: &mut CreateSandbox,
+        inbox: &mut Inbox,
+    ) -> Result<Booted, CreateError> {
+        let killed = || CreateError::Killed { sandbox_id: request.sandbox_id.clone() };
+        let _turn = self.turn(&mut request.end_at, inbox).await?.ok_or_else(killed)?;
+        boot(&self.deps, &self.settings, &self.ledger, &self.scope, source, request).await
     }
 
     /// Waits until this sandbox may start; `None` when it was killed first.

@@ -16,7 +16,7 @@ use crate::untold::UntoldEnds;
 /// What an earlier server left and this one removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Reclaimed {
-    /// Sandboxes that were in the ledger.
+    /// Sandboxes that were in the ledger, without machines that were nobody's yet.
     pub sandboxes: Vec<String>,
 }
 
@@ -47,8 +47,11 @@ pub(crate) async fn reclaim(
             untold.note_lost(&entry, clock::now()).map_err(|e| failed(e.to_string()))?;
         }
         ledger.remove(&entry.sandbox_id).map_err(|e| failed(e.to_string()))?;
-        info!(sandbox_id = entry.sandbox_id, "reclaimed a sandbox of an earlier run");
-        reclaimed.sandboxes.push(entry.sandbox_id);
+        let spare = entry.is_spare();
+        info!(sandbox_id = entry.sandbox_id, spare, "reclaimed a sandbox of an earlier run");
+        if !spare {
+            reclaimed.sandboxes.push(entry.sandbox_id);
+        }
     }
     for path in unreadable {
         remove_if_there(&path).map_err(dir_error(&path))?;

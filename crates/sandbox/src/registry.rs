@@ -35,6 +35,7 @@ use crate::source::Source;
 use crate::table::{Entry, Running, Table};
 use crate::template::Template;
 use crate::untold::UntoldEnds;
+use crate::warm::Keepers;
 
 /// End notices a slow listener may fall behind by, before it must list again.
 const ENDED_MAX: usize = 4096;
@@ -64,6 +65,14 @@ pub enum OpenError {
         /// Why.
         #[source]
         source: belljar_blockstore::OpenStoreError,
+    },
+    /// Sandboxes are to stand ready of a template that cannot be started here.
+    #[error("keep sandboxes of {template:?} warm: templates that can be started here are: {known}")]
+    Warm {
+        /// What was asked for.
+        template: String,
+        /// Names of those that can be.
+        known: String,
     },
     /// An earlier sandbox cannot be removed.
     #[error("reclaim sandbox {sandbox_id}: {reason}")]
@@ -97,6 +106,7 @@ pub(crate) struct Inner {
     pub(crate) scope: Scope,
     pub(crate) starting: Semaphore,
     pub(crate) probes: Places,
+    pub(crate) keepers: Keepers,
     pub(crate) templates: HashMap<BuildId, Ready>,
     pub(crate) unusable: Vec<Template>,
     pub(crate) shelf: Shelf,
@@ -116,6 +126,8 @@ pub struct Usage {
     pub starting: usize,
     /// What all of them hold, as their templates say.
     pub allocated: Allocated,
+    /// Machines that stand ready. What they hold is in no other figure: it is given up on demand.
+    pub spares: u32,
     /// What they may hold.
     pub limits: Limits,
     /// Room left where private disks are, MiB; `None` where that cannot be known.
@@ -154,6 +166,7 @@ impl Sandboxes {
             LayerStore::open(&settings.data_dir).map_err(|source| OpenError::Layers { source })?;
         let fingerprint = deps.runtime.fingerprint();
         let (templates, unusable) = load_templates(&templates_dir, &layers, &fingerprint)?;
+        let (keepers, unstarted) = Keepers::plan(&settings.warm, &templates)?;
         let driver = (fingerprint, deps.runtime.tier());
         let shelf = Shelf::open(snapshots_dir, layers, driver)
             .map_err(|source| OpenError::Records { source })?;
@@ -162,6 +175,7 @@ impl Sandboxes {
         let inner = Inner {
             starting: Semaphore::new(settings.limits.starting_max),
             probes: Places::default(),
+            keepers,
             deps,
             ledger,
             untold,
@@ -175,7 +189,9 @@ impl Sandboxes {
             failed: AtomicU64::new(0),
             settings,
         };
-        Ok((Sandboxes { inner: Arc::new(inner) }, reclaimed))
+        let inner = Arc::new(inner);
+        inner.keep_warm(unstarted);
+        Ok((Sandboxes { inner }, reclaimed))
     }
 
     /// The templates this host can start sandboxes from.
@@ -207,11 +223,9 @@ impl Sandboxes {
             share: Allocated::one(source.vcpus, source.memory, source.disk),
             running: None,
         };
-        let disk_free_mib = self.inner.disk_free_mib();
-        let limits = &self.inner.settings.limits;
-        self.inner.table().enter(&request.sandbox_id, entry, limits, disk_free_mib)?;
+        let promised = self.inner.enter(&request, &entry).await?;
         let (answer, answered) = oneshot::channel();
-        let life = self.inner.clone().live(request, source, inbox, answer);
+        let life = self.inner.clone().live(request, source, promised, inbox, answer);
         self.inner.scope.spawn_shielded("sandbox owner", OnError::Log, life);
         answered.await.unwrap_or(Err(CreateError::Closing))
     }
@@ -251,6 +265,7 @@ impl Sandboxes {
             running,
             starting,
             allocated: table.allocated(),
+            spares: table.spares(),
             limits: self.inner.settings.limits.clone(),
             disk_free_mib,
             status: table.status(),
@@ -446,7 +461,7 @@ impl Inner {
     }
 
     /// Room left where private disks are. One system call.
-    fn disk_free_mib(&self) -> Option<u64> {
+    pub(crate) fn disk_free_mib(&self) -> Option<u64> {
         let stat = rustix::fs::statvfs(&self.settings.overlay_dir).ok()?;
         Some(stat.f_bavail.saturating_mul(stat.f_frsize) >> 20)
     }

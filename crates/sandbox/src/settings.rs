@@ -31,6 +31,8 @@ pub struct Settings {
     pub machine_uid_base: Option<u32>,
     /// What sandboxes may take together.
     pub limits: Limits,
+    /// Templates of which sandboxes stand ready.
+    pub warm: Vec<Warm>,
     /// Where figures on what sandboxes use come from.
     pub metrics: MetricsFrom,
     /// How long a guest may take to boot. Emulated ones take some seconds on an idle host.
@@ -51,6 +53,15 @@ impl Settings {
     pub(crate) fn snapshots_dir(&self) -> PathBuf {
         self.data_dir.join("snapshots")
     }
+}
+
+/// Sandboxes of one template that stand ready, so that a create that fits takes one of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Warm {
+    /// An alias or the id of a template of this host, or the id of a build.
+    pub template: String,
+    /// How many stand ready, as long as the host has room for them. 0 is none.
+    pub count: u32,
 }
 
 /// Where figures on what sandboxes use come from.

@@ -14,7 +14,9 @@ use belljar_runtime::{BootMemory, BootSource, MachineSpec, Runtime as _};
 use belljar_sandbox::admission::Limits;
 use belljar_sandbox::metrics::Figures;
 use belljar_sandbox::template::{TemplateDraft, TemplateMeta};
-use belljar_sandbox::{CreateSandbox, Deps, MetricsFrom, Reclaimed, Sandboxes, Settings};
+use belljar_sandbox::{
+    CreateSandbox, Deps, MetricsFrom, OpenError, Reclaimed, Sandboxes, Settings, Warm,
+};
 
 /// Longer than anything here takes on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -28,6 +30,7 @@ pub(crate) struct Rig {
     pub(crate) template_id: TemplateId,
     pub(crate) build_id: BuildId,
     pub(crate) ready_deadline: Duration,
+    pub(crate) warm: Vec<Warm>,
 }
 
 impl Rig {
@@ -43,6 +46,7 @@ impl Rig {
             template_id: TemplateId::random(),
             build_id: BuildId::random(),
             ready_deadline: PATIENCE,
+            warm: Vec::new(),
         };
         rig.save_template().await;
         rig
@@ -100,6 +104,14 @@ impl Rig {
     }
 
     pub(crate) async fn open(&self, limits: Limits, scope: &Scope) -> (Sandboxes, Reclaimed) {
+        self.try_open(limits, scope).await.expect("open")
+    }
+
+    pub(crate) async fn try_open(
+        &self,
+        limits: Limits,
+        scope: &Scope,
+    ) -> Result<(Sandboxes, Reclaimed), OpenError> {
         let folder = |name: &str| self.dir.path().join(name);
         let settings = Settings {
             host_tag: "test".to_owned(),
@@ -111,13 +123,14 @@ impl Rig {
             boot_deadline: self.ready_deadline,
             machine_uid_base: None,
             limits,
+            warm: self.warm.clone(),
             metrics: MetricsFrom::Made(Figures::default()),
             ready_deadline: self.ready_deadline,
             teardown_step_deadline: PATIENCE,
         };
         let clock = self.clock.clone();
         let deps = Deps { runtime: self.runtime.clone(), slots: self.slots.clone(), clock };
-        Sandboxes::open(settings, deps, scope.clone()).await.expect("open")
+        Sandboxes::open(settings, deps, scope.clone()).await
     }
 
     pub(crate) fn request(&self, end_at: UnixMillis) -> CreateSandbox {

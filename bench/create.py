@@ -71,10 +71,11 @@ class Server:
             raise RuntimeError(f"{method} {path}: {answer.status} {data[:300]!r}")
         return json.loads(data) if data else None
 
-    def create(self):
+    def create(self, **more):
         """Answers (seconds to 201, seconds to the first HTTP answer, sandbox id)."""
+        body = {"templateID": "base", "timeout": 300, **more}
         start = time.monotonic()
-        sandbox = self.call("POST", "/v2/sandboxes", {"templateID": "base", "timeout": 300})
+        sandbox = self.call("POST", "/v2/sandboxes", body)
         created = time.monotonic() - start
         connection = http.client.HTTPConnection(self.traffic, timeout=DEADLINE_S)
         headers = {"E2b-Sandbox-Id": sandbox["sandboxID"], "E2b-Sandbox-Port": "49983"}
@@ -95,7 +96,8 @@ class Raw:
 
     def __init__(self, server, folder, slots):
         self.folder = folder
-        _, _, sandbox_id = server.create()
+        # Without internet access it is none that stood ready under another name.
+        _, _, sandbox_id = server.create(allow_internet_access=False)
         try:
             self.args = self.command_line(sandbox_id)
         finally:

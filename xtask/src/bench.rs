@@ -10,6 +10,7 @@ mod peers;
 mod report;
 
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -61,17 +62,39 @@ pub(crate) fn uffd(places: &Places) -> Result<bool> {
     Ok(command::run_streamed(bench, LIMIT, |line| println!("{line}"))?.success())
 }
 
+/// Times creates that take what stands ready. `false` if the benchmark did not run.
+pub(crate) fn pools(places: &Places, build: BuildKind) -> Result<bool> {
+    on_server(places, build, Some("base=1"), |bench, goal| {
+        bench.arg(places.root.join("bench/pools.py")).arg("--data-dir").arg(&goal.data);
+    })
+}
+
 /// `false` if a target was missed or the benchmark did not run.
 pub(crate) fn run(places: &Places, build: BuildKind) -> Result<bool> {
+    on_server(places, build, None, |bench, goal| {
+        bench.arg(places.root.join("bench/create.py"));
+        bench.arg("--belljar").arg(belljar_program(places, build));
+        bench.arg("--data-dir").arg(&goal.data).arg("--envd").arg(places.envd());
+    })
+}
+
+/// Runs a program of ours against a server of ours, with `warm` as its `--warm`.
+fn on_server(
+    places: &Places,
+    build: BuildKind,
+    warm: Option<&str>,
+    program: impl FnOnce(&mut Command, &Goal),
+) -> Result<bool> {
     let goal = Goal { build, data: places.test_data() };
     let _lock = places.lock()?;
     setup::run(places, &goal)?;
     let sdks = SdkPrograms::current(places)?;
-    let server = Server::start(places, &goal)?;
+    let mut command = command::as_root(belljar_program(places, build));
+    command.envs(warm.map(|warm| ("BELLJAR_WARM", warm)));
+    let log = places.logs().join("server.log");
+    let server = Server::start_with(command, goal.data.clone(), &log)?;
     let mut bench = command::as_root(sdks.python());
-    bench.arg(places.root.join("bench/create.py"));
-    bench.arg("--belljar").arg(belljar_program(places, build));
-    bench.arg("--data-dir").arg(&goal.data).arg("--envd").arg(places.envd());
+    program(&mut bench, &goal);
     server.describe_to(&mut bench);
     let result = command::run_streamed(bench, LIMIT, |line| println!("{line}"));
     let stopped = server.stop();

@@ -99,6 +99,8 @@ enum BenchOnly {
     },
     /// Time the disk server against `qemu-nbd` on the same file with the same clients, without root.
     Nbd,
+    /// Set up, then time creates that take a sandbox which stands ready against those that start one.
+    Pools,
     /// Time writing and reading stored images against a plain copy of the same file.
     Blobs,
     /// Time the page server against a plain copy and a private mapping. Needs root, for userfaultfds.
@@ -136,6 +138,9 @@ fn run(verb: Verb) -> Result<ExitCode> {
             bench::control(&places, program, live)
         }
         Verb::Bench { only: Some(BenchOnly::Nbd), .. } => bench::nbd(&places),
+        Verb::Bench { dev, only: Some(BenchOnly::Pools) } => {
+            bench::pools(&places, BuildKind::from_release(!dev))
+        }
         Verb::Bench { only: Some(BenchOnly::Blobs), dev } => bench::blobs(&places, dev),
         Verb::Bench { only: Some(BenchOnly::Uffd), .. } => bench::uffd(&places),
         Verb::Bench { dev, only: None } => bench::run(&places, BuildKind::from_release(!dev)),

@@ -2,6 +2,9 @@
 
 #[path = "support/s3.rs"]
 mod s3;
+#[expect(dead_code, reason = "here it is left alone")]
+#[path = "support/tampered.rs"]
+mod tampered;
 
 use std::io::Read as _;
 use std::net::TcpListener;
@@ -165,6 +168,14 @@ fn many_at_once(store: &dyn BlobStore) {
 fn a_directory_keeps_the_contract() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     contract(&DirStore::open(&folder.path().join("made/for/it")).expect("a store"));
+}
+
+/// What tests make fail elsewhere is a store like any other as long as they do not.
+#[test]
+fn a_store_that_can_be_tampered_with_keeps_the_contract() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let inner = std::sync::Arc::new(DirStore::open(folder.path()).expect("open"));
+    contract(&tampered::Tampered::over(inner));
 }
 
 #[test]

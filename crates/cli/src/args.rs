@@ -168,6 +168,14 @@ pub(crate) struct HostOptions {
     /// access do not take them.
     #[arg(long, env = "BELLJAR_WARM", value_delimiter = ',', value_name = "TEMPLATE=N")]
     pub(crate) warm: Vec<WarmOption>,
+    /// Keep paused sandboxes and snapshots in this blob store, too: a folder, or `s3://bucket/prefix` [default:
+    /// on this host's disk alone].
+    ///
+    /// They are uploaded after a pause was answered, and any node of the same store can resume them. With
+    /// --node it is the nodes' own setting. S3 takes
+    /// AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION and AWS_ENDPOINT_URL_S3.
+    #[arg(long, env = "BELLJAR_BLOBS", value_name = "DIR|s3://…")]
+    pub(crate) blobs: Option<BlobPlace>,
 }
 
 /// How sandboxes are isolated.

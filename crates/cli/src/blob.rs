@@ -8,8 +8,9 @@ use anyhow::{Context as _, Result, bail};
 use belljar_blockstore::blobs::{S3Credentials, S3Options, S3Patience};
 use belljar_blockstore::gc::{self, GcReport};
 use belljar_blockstore::verify::{self, StoreStats, VerifyReport};
-use belljar_blockstore::{BlobStore, DirStore, S3Store};
+use belljar_blockstore::{BlobStore, CacheLimits, ChunkCache, DirStore, S3Store};
 use belljar_domain::Secret;
+use belljar_sandbox::{Archive, Pace};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
@@ -19,6 +20,8 @@ use crate::preset::Local;
 
 /// `verify` found damage.
 const DAMAGED: u8 = 3;
+/// What a host keeps of the store on its own disk: indexes of objects, and pieces of what it fetched.
+const CACHE_BYTES: u64 = 4 << 30;
 
 /// Who asks a bucket, and where it is: the variables every S3 program reads.
 pub(crate) struct AwsEnv {
@@ -38,6 +41,12 @@ pub(crate) async fn run(
     let place = options.blobs.unwrap_or_else(|| BlobPlace::Dir(local.blobs_dir()));
     // Stores block, and must not be used on a thread that drives tasks.
     let work = move || {
+        if let BlobPlace::Dir(folder) = &place
+            && !folder.is_dir()
+        {
+            // Made by whoever writes first; a wrong name must not look like an empty store.
+            bail!("there is no blob store in {}: name one with --blobs", folder.display());
+        }
         let store = open(place, aws)?;
         match options.command {
             BlobCommand::Verify => verify_store(&*store, as_json),
@@ -48,13 +57,27 @@ pub(crate) async fn run(
     tokio::task::spawn_blocking(work).await.context("failed to look after the blob store")?
 }
 
+/// What a host keeps its snapshots in, besides its disk: the store at `place`, read through a cache in the data
+/// folder.
+pub(crate) fn archive(local: &Local, place: BlobPlace, aws: AwsEnv) -> Result<Arc<Archive>> {
+    let place = match place {
+        // Its name is in marks on disk, and must not depend on where the server was started.
+        BlobPlace::Dir(folder) => BlobPlace::Dir(
+            std::path::absolute(folder).context("failed to resolve the path given with --blobs")?,
+        ),
+        bucket => bucket,
+    };
+    let store = open(place, aws)?;
+    let limits = CacheLimits { disk_bytes: CACHE_BYTES, ..CacheLimits::default() };
+    let cache = ChunkCache::open(store, &local.chunk_cache_dir(), limits)
+        .context("failed to open the cache of the blob store")?;
+    Ok(Arc::new(Archive::new(Arc::new(cache), Pace::default())))
+}
+
+/// Opens the store at `place`; a folder is made if it is not there.
 fn open(place: BlobPlace, aws: AwsEnv) -> Result<Arc<dyn BlobStore>> {
     let (bucket, prefix) = match place {
         BlobPlace::Dir(folder) => {
-            if !folder.is_dir() {
-                // Made by whoever writes first; a wrong name must not look like an empty store.
-                bail!("there is no blob store in {}: name one with --blobs", folder.display());
-            }
             let store = DirStore::open(&folder).context("failed to open the blob store")?;
             return Ok(Arc::new(store));
         }

@@ -16,6 +16,7 @@ use belljar_sandbox::template::reclaim_drafts;
 use belljar_sandbox::{Deps, Sandboxes};
 
 use crate::args::{HostOptions, RuntimeChoice, plan_warm};
+use crate::blob::{self, AwsEnv};
 use crate::output;
 use crate::preset::{Local, SlotRange};
 
@@ -40,16 +41,31 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    pub(crate) async fn open(local: &Local, options: &HostOptions, root: &Scope) -> Result<Host> {
+    pub(crate) async fn open(
+        local: &Local,
+        options: &HostOptions,
+        aws: AwsEnv,
+        root: &Scope,
+    ) -> Result<Host> {
         let warm = plan_warm(&options.warm, options.sandboxes_max)?;
         let templates = local.templates_dir();
         std::fs::create_dir_all(&templates)
             .with_context(|| format!("failed to make {}", templates.display()))?;
         reclaim_drafts(&templates).context("failed to remove what a killed build left")?;
         let isolation = isolate(options.runtime).await?;
+        let archive = match options.blobs.clone() {
+            Some(place) => {
+                let local = local.clone();
+                let open = move || blob::archive(&local, place, aws);
+                let opened = tokio::task::spawn_blocking(open).await;
+                Some(opened.context("failed to open the blob store")??)
+            }
+            None => None,
+        };
         let (slots, range) = open_slots(local, options, root).await?;
         let clock = Clock::of_host(root).context("failed to watch the wall clock")?;
-        let deps = Deps { runtime: isolation.runtime.clone(), slots: slots.clone(), clock };
+        let deps =
+            Deps { runtime: isolation.runtime.clone(), slots: slots.clone(), clock, archive };
         let settings = local.sandbox_settings(options, warm, range);
         let opened = Sandboxes::open(settings, deps, root.child("sandboxes")).await;
         let (sandboxes, reclaimed) = match opened {

@@ -87,8 +87,8 @@ async fn dispatch(cli: Cli) -> Result<ExitCode> {
         api_url: environment.sdk.api_url.clone(),
     };
     match cli.command {
-        Command::Up(options) => up::run(local, options, &admin, cli.json).await,
-        Command::Node(options) => node::run(local, options, cli.json).await,
+        Command::Up(options) => up::run(local, options, &admin, environment.aws, cli.json).await,
+        Command::Node(options) => node::run(local, options, environment.aws, cli.json).await,
         Command::Env => print_env(&local, cli.json),
         Command::Doctor(options) => doctor::run(&local, &options, cli.json).await,
         Command::Sandbox(SandboxCommand::List) => sandbox::list(target()?, cli.json).await,

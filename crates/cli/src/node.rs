@@ -13,6 +13,7 @@ use belljar_daemon::Scope;
 use serde::Serialize;
 
 use crate::args::Node;
+use crate::blob::AwsEnv;
 use crate::host::{Host, SANDBOXES_GRACE, remove_run_dirs};
 use crate::lock;
 use crate::output;
@@ -36,13 +37,18 @@ struct Ready<'a> {
     pid: u32,
 }
 
-pub(crate) async fn run(local: Local, options: Node, as_json: bool) -> Result<ExitCode> {
+pub(crate) async fn run(
+    local: Local,
+    options: Node,
+    aws: AwsEnv,
+    as_json: bool,
+) -> Result<ExitCode> {
     let mut stop = StopSignals::new()?;
     let _lock = lock::take(&local.lock_file())?;
     let socket = std::path::absolute(options.socket.unwrap_or_else(|| local.node_socket()))
         .context("failed to resolve the path given with --socket")?;
     let root = Scope::root("node");
-    let host = Host::open(&local, &options.host, &root).await?;
+    let host = Host::open(&local, &options.host, aws, &root).await?;
     let outcome = serve(&host, &socket, &root, &mut stop, as_json).await;
     let clean = tokio::select! {
         clean = host.close() => clean,

@@ -88,6 +88,11 @@ impl Local {
         self.data_dir.join("blobs")
     }
 
+    /// What is kept near of a blob store.
+    pub(crate) fn chunk_cache_dir(&self) -> PathBuf {
+        self.data_dir.join("blob-cache")
+    }
+
     pub(crate) fn database(&self) -> PathBuf {
         self.data_dir.join("belljar.db")
     }

@@ -17,6 +17,7 @@ use serde::Serialize;
 use tokio::net::TcpListener;
 
 use crate::args::Up;
+use crate::blob::AwsEnv;
 use crate::catalog::{Announcer, Waker};
 use crate::host::{Host, SANDBOXES_GRACE, remove_run_dirs};
 use crate::lock;
@@ -56,6 +57,7 @@ pub(crate) async fn run(
     local: Local,
     options: Up,
     admin: &AdminEnv,
+    aws: AwsEnv,
     as_json: bool,
 ) -> Result<ExitCode> {
     let mut stop = StopSignals::new()?;
@@ -64,7 +66,7 @@ pub(crate) async fn run(
     let proxy = listen(options.bind, options.proxy_port, "--proxy-port").await?;
     let root = Scope::root("server");
     let host = match options.nodes.is_empty() {
-        true => Some(Host::open(&local, &options.host, &root).await?),
+        true => Some(Host::open(&local, &options.host, aws, &root).await?),
         false => None,
     };
     let parts = Parts { local: &local, options: &options, admin, host: host.as_ref() };

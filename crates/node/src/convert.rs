@@ -3,7 +3,7 @@
 use std::str::FromStr;
 use std::sync::Arc;
 
-use belljar_domain::{IdError, Kind, SandboxId, Secret, UnixMillis};
+use belljar_domain::{BuildId, IdError, Kind, SandboxId, Secret, UnixMillis};
 use belljar_sandbox::admission::{Refused, Status};
 use belljar_sandbox::metrics::Sample;
 use belljar_sandbox::template::Template;
@@ -94,10 +94,16 @@ pub(crate) fn snapshot_info(meta: &SnapshotMeta) -> pb::SnapshotInfo {
 }
 
 /// The first of `metas` that fit one answer, and the last id of the page when there are more.
-pub(crate) fn snapshot_page(metas: &[Arc<SnapshotMeta>]) -> (Vec<pb::SnapshotInfo>, String) {
+pub(crate) fn snapshot_page(
+    metas: &[Arc<SnapshotMeta>],
+    is_uploaded: impl Fn(&BuildId) -> bool,
+) -> (Vec<pb::SnapshotInfo>, String) {
     let fitting = fitting(metas.iter().map(|meta| meta.terms.len()));
-    let page: Vec<pb::SnapshotInfo> =
-        metas[..fitting].iter().map(|meta| snapshot_info(meta)).collect();
+    let page = metas[..fitting].iter().map(|meta| pb::SnapshotInfo {
+        uploaded: is_uploaded(&meta.snapshot_id),
+        ..snapshot_info(meta)
+    });
+    let page: Vec<pb::SnapshotInfo> = page.collect();
     let next = page.last().filter(|_| fitting < metas.len()).map(|last| last.snapshot_id.clone());
     (page, next.unwrap_or_default())
 }
@@ -282,10 +288,16 @@ pub(crate) fn refusal(error: &CreateError) -> Option<Refusal> {
         CreateError::Network { source } if source.kind() == Kind::Quota => {
             Some(Refusal::NetworkSlots)
         }
-        CreateError::Io { .. } if error.kind() == Kind::Quota => Some(Refusal::Disk),
+        CreateError::Io { .. } | CreateError::Fetch { .. } if error.kind() == Kind::Quota => {
+            Some(Refusal::Disk)
+        }
+        CreateError::Fetch { source, .. } if source.is_incompatible() => {
+            Some(Refusal::Incompatible)
+        }
         CreateError::Exists { .. }
         | CreateError::Killed { .. }
         | CreateError::NoKernel { .. }
+        | CreateError::Fetch { .. }
         | CreateError::Network { .. }
         | CreateError::Io { .. }
         | CreateError::Machine { .. }

@@ -246,7 +246,8 @@ impl pb::NodeService for Node {
         let after = request.to_owned_message().after_snapshot_id;
         let after = (!after.is_empty()).then(|| after.parse()).transpose();
         let after: Option<BuildId> = after.map_err(|e| bad_id(&e))?;
-        let (snapshots, next) = snapshot_page(&self.sandboxes.snapshots(after.as_ref()));
+        let metas = self.sandboxes.snapshots(after.as_ref());
+        let (snapshots, next) = snapshot_page(&metas, |id| self.sandboxes.is_uploaded(id));
         Response::ok(pb::ListSnapshotsResponse {
             snapshots,
             next_after_snapshot_id: next,
@@ -299,10 +300,12 @@ fn not_created(error: &CreateError) -> ConnectError {
     let refusal = refusal(error);
     let message = match (error, refusal) {
         (_, Some(Refusal::NetworkSlots)) => "this node has no free network slot".to_owned(),
-        (CreateError::Io { .. }, Some(Refusal::Disk)) => {
+        (CreateError::Io { .. } | CreateError::Fetch { .. }, Some(Refusal::Disk)) => {
             error!("the disk under the data folder is full: no sandbox can start");
             "this node's disk is full".to_owned()
         }
+        // What is damaged has a name, and only who keeps the store can mend it.
+        (CreateError::Fetch { source, .. }, None) => format!("failed to {}", chain(&**source)),
         (CreateError::Exists { .. } | CreateError::Killed { .. }, _) | (_, Some(_)) => {
             format!("failed to {error}")
         }
@@ -347,11 +350,21 @@ fn not_deleted(error: &DeleteSnapshotError) -> ConnectError {
         DeleteSnapshotError::NotFound(missing) => {
             ConnectError::new(code(Kind::NotFound), format!("failed to {missing}"))
         }
+        DeleteSnapshotError::Note { source, .. } => {
+            error!(%error, cause = %source, "a snapshot is not deleted");
+            ConnectError::new(code(Kind::Internal), "failed to delete the snapshot on this node")
+        }
         DeleteSnapshotError::Folder { source, .. } => {
             error!(%error, cause = %source, "a snapshot's folder stays until the next start");
             ConnectError::new(code(Kind::Internal), "failed to delete the snapshot on this node")
         }
     }
+}
+
+/// An error with its causes on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 fn missing(error: &SandboxNotFound) -> ConnectError {

@@ -24,6 +24,7 @@ use belljar_runtime::{
 use belljar_wire::guest::Init;
 
 use crate::admission::Refused;
+use crate::archive::FetchError;
 use crate::freeze::Held;
 use crate::info::{CreateSandbox, SandboxInfo};
 use crate::ledger::{Entry, Ledger, Line, Run};
@@ -61,6 +62,15 @@ pub enum CreateError {
         /// What is missing.
         #[source]
         source: RecordError,
+    },
+    /// It is in the blob store, and could not be fetched from there.
+    #[error("fetch snapshot {snapshot_id}")]
+    Fetch {
+        /// The snapshot asked for.
+        snapshot_id: BuildId,
+        /// Why.
+        #[source]
+        source: Arc<FetchError>,
     },
     /// This host takes no more.
     #[error("create a sandbox: {limit}")]
@@ -116,6 +126,7 @@ impl CreateError {
             CreateError::NoTemplate { .. } => Kind::NotFound,
             CreateError::Exists { .. } | CreateError::Killed { .. } => Kind::Conflict,
             CreateError::Incompatible { .. } | CreateError::NoKernel { .. } => Kind::NotFound,
+            CreateError::Fetch { source, .. } => source.kind(),
             CreateError::Refused { limit } => limit.kind(),
             CreateError::Closing => Kind::Unavailable,
             CreateError::Network { source } => source.kind(),

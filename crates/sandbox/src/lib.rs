@@ -9,7 +9,10 @@ pub mod admission;
 pub mod metrics;
 pub mod template;
 
+mod archive;
 mod boot;
+mod chain;
+mod fetches;
 mod freeze;
 mod image_memory;
 mod inbox;
@@ -30,8 +33,10 @@ mod source;
 mod spare;
 mod table;
 mod untold;
+mod uploads;
 mod warm;
 
+pub use archive::{Archive, FetchError, Pace};
 pub use boot::CreateError;
 pub use freeze::{KeepError, KeepSandbox};
 pub use image_memory::{ImageMemory, StoredMemory};

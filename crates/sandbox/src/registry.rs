@@ -17,6 +17,8 @@ use tracing::info;
 
 use crate::admission::{Allocated, Limits, Status};
 use crate::boot::CreateError;
+pub(crate) use crate::chain::chain;
+use crate::fetches::Fetches;
 use crate::freeze::{KeepError, KeepSandbox};
 use crate::inbox::{Slit, inbox};
 use crate::info::{CreateSandbox, Ended, SandboxInfo, Starting, Untold};
@@ -35,6 +37,7 @@ use crate::source::Source;
 use crate::table::{Entry, Running, Table};
 use crate::template::Template;
 use crate::untold::UntoldEnds;
+use crate::uploads;
 use crate::warm::Keepers;
 
 /// End notices a slow listener may fall behind by, before it must list again.
@@ -110,6 +113,7 @@ pub(crate) struct Inner {
     pub(crate) templates: HashMap<BuildId, Ready>,
     pub(crate) unusable: Vec<Template>,
     pub(crate) shelf: Shelf,
+    pub(crate) fetches: Option<Fetches>,
     pub(crate) ended: broadcast::Sender<Ended>,
     // Held for look-ups and single changes only, never across a wait.
     pub(crate) table: Mutex<Table>,
@@ -168,11 +172,16 @@ impl Sandboxes {
         let (templates, unusable) = load_templates(&templates_dir, &layers, &fingerprint)?;
         let (keepers, unstarted) = Keepers::plan(&settings.warm, &templates)?;
         let driver = (fingerprint, deps.runtime.tier());
-        let shelf = Shelf::open(snapshots_dir, layers, driver)
+        let store = deps.archive.as_ref().map(|archive| archive.store_name());
+        let shelf = Shelf::open(snapshots_dir, layers, driver, store)
             .map_err(|source| OpenError::Records { source })?;
         let paused = shelf.paused_runs();
         let reclaimed = reclaim(&ledger, &untold, &paused, &settings, &deps).await?;
+        if let Some(archive) = &deps.archive {
+            uploads::start(&shelf, archive, &scope);
+        }
         let inner = Inner {
+            fetches: deps.archive.clone().map(Fetches::new),
             starting: Semaphore::new(settings.limits.starting_max),
             probes: Places::default(),
             keepers,
@@ -211,7 +220,7 @@ impl Sandboxes {
     /// # Errors
     /// [`CreateError`]; nothing of the sandbox is left then.
     pub async fn create(&self, request: CreateSandbox) -> Result<SandboxInfo, CreateError> {
-        let source = self.inner.source(&request.build_id)?;
+        let source = self.inner.source_or_fetch(&request.build_id).await?;
         if self.inner.scope.is_cancelled() {
             return Err(CreateError::Closing);
         }
@@ -380,8 +389,13 @@ impl Sandboxes {
         self.inner.shelf.list(after)
     }
 
-    /// Removes a snapshot, and of its disk and memory what nothing else is made of. What runs from it
-    /// goes on.
+    /// Whether a snapshot of this host is in the blob store, too.
+    pub fn is_uploaded(&self, snapshot_id: &BuildId) -> bool {
+        self.inner.shelf.is_uploaded(snapshot_id)
+    }
+
+    /// Removes a snapshot, here and from the blob store, and of its disk and memory what nothing else is
+    /// made of. What runs from it goes on.
     ///
     /// # Errors
     /// [`DeleteSnapshotError`].
@@ -446,20 +460,6 @@ impl Inner {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn source(&self, build_id: &BuildId) -> Result<Arc<Source>, CreateError> {
-        if let Some(ready) = self.templates.get(build_id) {
-            return Ok(ready.source.clone());
-        }
-        let incompatible = || CreateError::Incompatible { build_id: build_id.clone() };
-        if let Some(snapshot) = self.shelf.get(build_id) {
-            return self.shelf.fits(&snapshot).then_some(snapshot).ok_or_else(incompatible);
-        }
-        if self.unusable.iter().any(|template| template.meta.build_id == *build_id) {
-            return Err(incompatible());
-        }
-        Err(CreateError::NoTemplate { build_id: build_id.clone() })
-    }
-
     /// Room left where private disks are. One system call.
     pub(crate) fn disk_free_mib(&self) -> Option<u64> {
         let stat = rustix::fs::statvfs(&self.settings.overlay_dir).ok()?;
@@ -485,16 +485,4 @@ impl Inner {
     fn commands_of(&self, sandbox_id: &SandboxId) -> Option<Slit> {
         self.table().get(sandbox_id).map(|entry| entry.commands.clone())
     }
-}
-
-/// The whole chain of an error on one line, for the log.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(e) = cause {
-        text.push_str(": ");
-        text.push_str(&e.to_string());
-        cause = e.source();
-    }
-    text
 }

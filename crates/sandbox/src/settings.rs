@@ -9,6 +9,7 @@ use belljar_network::Slots;
 use belljar_runtime::Runtime;
 
 use crate::admission::Limits;
+use crate::archive::Archive;
 use crate::metrics::Figures;
 
 /// Where and how sandboxes live on this host.
@@ -83,4 +84,6 @@ pub struct Deps {
     pub slots: Arc<dyn Slots>,
     /// What ends of sandboxes go by.
     pub clock: Clock,
+    /// Where snapshots are kept besides this host's disk, and taken from when they are not on it.
+    pub archive: Option<Arc<Archive>>,
 }

@@ -1,4 +1,7 @@
-//! The snapshots of this host, and the layers they are made of.
+//! The snapshots of this host, and the layers they are made of. What of them is in a blob store, or is to
+//! go from it, is in the marks (`shelf/marks.rs`).
+
+mod marks;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -6,6 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use belljar_blockstore::{LayerName, LayerStore, LayeredImage};
 use belljar_domain::{BuildId, ExecutionId, Tier};
+use marks::Marks;
+use tokio::sync::Notify;
 use tracing::{info, warn};
 
 use crate::record::RecordError;
@@ -27,6 +32,15 @@ pub enum DeleteSnapshotError {
     /// It is not here.
     #[error(transparent)]
     NotFound(#[from] SnapshotNotFound),
+    /// It could not be noted that it is to go from the blob store, too. It is here as before.
+    #[error("delete snapshot {snapshot_id}: note that it goes from the blob store")]
+    Note {
+        /// Which.
+        snapshot_id: BuildId,
+        /// Why.
+        #[source]
+        source: RecordError,
+    },
     /// Its folder cannot be removed. It is no snapshot any more; what is left goes at the next start.
     #[error("delete snapshot {snapshot_id}")]
     Folder {
@@ -56,6 +70,9 @@ struct Inner {
     sweeping: Mutex<()>,
     /// Whether there is a snapshot whose layers are not known, so that none may go.
     blind: bool,
+    marks: Marks,
+    /// Told when there may be something to do for the blob store.
+    news: Notify,
 }
 
 impl Shelf {
@@ -64,10 +81,13 @@ impl Shelf {
     ///
     /// # Errors
     /// [`RecordError`] of the folder itself.
+    ///
+    /// `store` is what the blob store is called that snapshots are kept in besides, if there is one.
     pub(crate) fn open(
         dir: PathBuf,
         layers: LayerStore,
         (fingerprint, tier): (String, Tier),
+        store: Option<&str>,
     ) -> Result<Shelf, RecordError> {
         snapshot::reclaim(&dir)?;
         let (mut known, mut blind) = (BTreeMap::new(), false);
@@ -85,7 +105,10 @@ impl Shelf {
                 }
             }
         }
+        let marks = Marks::open(&dir, known.keys(), store)?;
         let inner = Inner {
+            marks,
+            news: Notify::new(),
             dir,
             layers,
             fingerprint,
@@ -127,6 +150,57 @@ impl Shelf {
     ) {
         let source = Source::of_snapshot(meta.clone(), files, images);
         self.known().insert(meta.snapshot_id.clone(), Arc::new(source));
+        self.inner.news.notify_one();
+    }
+
+    /// As [`Shelf::put`], of one that came out of the blob store.
+    pub(crate) fn put_stored(
+        &self,
+        meta: &Arc<SnapshotMeta>,
+        files: &SnapshotFiles,
+        images: (Arc<LayeredImage>, Option<Arc<LayeredImage>>),
+    ) {
+        if let Some(store) = &self.inner.marks.store {
+            self.set_uploaded(&meta.snapshot_id, store);
+        }
+        self.put(meta, files, images);
+    }
+
+    /// The folder of a snapshot.
+    pub(crate) fn folder(&self, id: &BuildId) -> PathBuf {
+        self.inner.dir.join(id.as_str())
+    }
+
+    /// Ends when there may be something to do for the blob store. Cancel-safe.
+    pub(crate) async fn news(&self) {
+        self.inner.news.notified().await;
+    }
+
+    /// Whether a snapshot is in the blob store, too.
+    pub(crate) fn is_uploaded(&self, id: &BuildId) -> bool {
+        self.inner.marks.is_uploaded(id)
+    }
+
+    /// Notes that a snapshot is in the blob store called `store`.
+    pub(crate) fn set_uploaded(&self, id: &BuildId, store: &str) {
+        self.inner.marks.set_uploaded(&self.inner.dir, id, store);
+    }
+
+    /// Snapshots that are not in the blob store, in no order.
+    pub(crate) fn to_upload(&self) -> Vec<Arc<SnapshotMeta>> {
+        let mut metas = self.list(None);
+        metas.retain(|meta| !self.is_uploaded(&meta.snapshot_id));
+        metas
+    }
+
+    /// Snapshots that were deleted here and may still be in the blob store.
+    pub(crate) fn to_forget(&self) -> Vec<BuildId> {
+        self.inner.marks.deleted()
+    }
+
+    /// A deleted snapshot is not in the blob store any more. False when that could not be noted.
+    pub(crate) fn forgotten(&self, id: &BuildId) -> bool {
+        self.inner.marks.forgotten(id)
     }
 
     pub(crate) fn get(&self, id: &BuildId) -> Option<Arc<Source>> {
@@ -153,17 +227,20 @@ impl Shelf {
         metas.filter(|meta| meta.paused).map(|meta| meta.execution_id.clone()).collect()
     }
 
-    /// Removes a snapshot, and what only it was made of. Blocks on file I/O.
+    /// Removes a snapshot, and what only it was made of; from the blob store, too, whether it is here or not. Blocks on file I/O.
     ///
     /// # Errors
     /// [`DeleteSnapshotError`].
     pub(crate) fn delete(&self, id: &BuildId) -> Result<(), DeleteSnapshotError> {
-        let taken = self.known().remove(id);
-        if taken.is_none() {
+        // Before it is gone here: nothing else would know that it is still there. Also when it is not here:
+        // it may be in the store alone.
+        let noted = self.inner.marks.delete(id);
+        noted.map_err(|source| DeleteSnapshotError::Note { snapshot_id: id.clone(), source })?;
+        self.inner.news.notify_one();
+        if self.known().remove(id).is_none() {
             return Err(SnapshotNotFound { snapshot_id: id.clone() }.into());
         }
-        drop(taken);
-        let removed = snapshot::remove(&self.inner.dir.join(id.as_str()));
+        let removed = snapshot::remove(&self.folder(id));
         self.sweep();
         info!(snapshot_id = %id, "snapshot deleted");
         removed.map_err(|source| DeleteSnapshotError::Folder { snapshot_id: id.clone(), source })

@@ -30,7 +30,7 @@ const RECORD: &str = "snapshot.json";
 const DRAFT_PREFIX: &str = ".draft-";
 const GONE_PREFIX: &str = ".gone-";
 /// Longest record read, in bytes: terms of 1 MiB, spelled as JSON at its worst, and the rest.
-const RECORD_MAX_BYTES: u64 = 7 * 1024 * 1024;
+pub(crate) const RECORD_MAX_BYTES: u64 = 7 * 1024 * 1024;
 
 /// What a snapshot is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -254,7 +254,7 @@ fn render(meta: &SnapshotMeta) -> Vec<u8> {
     serde_json::to_vec(&record).expect("a record has string keys and plain values")
 }
 
-fn parse(path: &Path, bytes: &[u8]) -> Result<SnapshotMeta, RecordError> {
+pub(crate) fn parse(path: &Path, bytes: &[u8]) -> Result<SnapshotMeta, RecordError> {
     check_format(path, bytes, FORMAT)?;
     let record: Record = serde_json::from_slice(bytes)
         .map_err(|source| RecordError::Malformed { path: path.to_owned(), source })?;

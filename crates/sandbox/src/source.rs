@@ -12,6 +12,8 @@ use belljar_domain::{BuildId, MiB, TemplateId, Vcpus};
 use belljar_runtime::{PageSource, SavedMachine, SavedMemory};
 use tokio::sync::OnceCell;
 
+use crate::boot::CreateError;
+use crate::registry::Inner;
 use crate::snapshot::{SnapshotFiles, SnapshotMeta};
 use crate::template::Template;
 
@@ -118,6 +120,40 @@ impl Source {
     pub(crate) fn layers(&self) -> impl Iterator<Item = &LayerName> {
         let memory = self.saved.iter().flat_map(|saved| saved.image.layers());
         self.root_disk.layers().iter().chain(memory)
+    }
+}
+
+impl Inner {
+    /// What `build_id` is on this host.
+    ///
+    /// # Errors
+    /// [`CreateError::NoTemplate`] and [`CreateError::Incompatible`].
+    pub(crate) fn source(&self, build_id: &BuildId) -> Result<Arc<Source>, CreateError> {
+        if let Some(ready) = self.templates.get(build_id) {
+            return Ok(ready.source.clone());
+        }
+        let incompatible = || CreateError::Incompatible { build_id: build_id.clone() };
+        if let Some(snapshot) = self.shelf.get(build_id) {
+            return self.shelf.fits(&snapshot).then_some(snapshot).ok_or_else(incompatible);
+        }
+        if self.unusable.iter().any(|template| template.meta.build_id == *build_id) {
+            return Err(incompatible());
+        }
+        Err(CreateError::NoTemplate { build_id: build_id.clone() })
+    }
+
+    /// As [`Inner::source`]; what is not here is looked for in the blob store.
+    pub(crate) async fn source_or_fetch(
+        &self,
+        build_id: &BuildId,
+    ) -> Result<Arc<Source>, CreateError> {
+        match (self.source(build_id), &self.fetches) {
+            (Err(CreateError::NoTemplate { .. }), Some(fetches)) => {
+                fetches.fetch(build_id, &self.shelf, &self.scope).await?;
+                self.source(build_id)
+            }
+            (source, _) => source,
+        }
     }
 }
 

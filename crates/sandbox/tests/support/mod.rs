@@ -15,7 +15,7 @@ use belljar_sandbox::admission::Limits;
 use belljar_sandbox::metrics::Figures;
 use belljar_sandbox::template::{TemplateDraft, TemplateMeta};
 use belljar_sandbox::{
-    CreateSandbox, Deps, MetricsFrom, OpenError, Reclaimed, Sandboxes, Settings, Warm,
+    Archive, CreateSandbox, Deps, MetricsFrom, OpenError, Reclaimed, Sandboxes, Settings, Warm,
 };
 
 /// Longer than anything here takes on a busy machine.
@@ -31,6 +31,8 @@ pub(crate) struct Rig {
     pub(crate) build_id: BuildId,
     pub(crate) ready_deadline: Duration,
     pub(crate) warm: Vec<Warm>,
+    /// Where snapshots are kept besides, once a test sets one.
+    pub(crate) archive: Option<Arc<Archive>>,
 }
 
 impl Rig {
@@ -47,6 +49,7 @@ impl Rig {
             build_id: BuildId::random(),
             ready_deadline: PATIENCE,
             warm: Vec::new(),
+            archive: None,
         };
         rig.save_template().await;
         rig
@@ -129,7 +132,12 @@ impl Rig {
             teardown_step_deadline: PATIENCE,
         };
         let clock = self.clock.clone();
-        let deps = Deps { runtime: self.runtime.clone(), slots: self.slots.clone(), clock };
+        let deps = Deps {
+            runtime: self.runtime.clone(),
+            slots: self.slots.clone(),
+            clock,
+            archive: self.archive.clone(),
+        };
         Sandboxes::open(settings, deps, scope.clone()).await
     }
 

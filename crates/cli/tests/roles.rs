@@ -11,7 +11,7 @@ use std::process::Command;
 use serde_json::json;
 
 use rows::runs;
-use server::{Server, fake_template, left_in, wait_until};
+use server::{Server, fake_template, left_in, node, up, wait_until};
 
 /// Folders of a node with the `base` template, and of a control plane.
 fn data_dirs() -> (tempfile::TempDir, tempfile::TempDir) {
@@ -78,6 +78,59 @@ fn a_control_plane_outlives_its_node() {
     assert_eq!(control.traffic(&next, 49983, "/health", "").0, 204);
     control.stop();
     node.stop();
+}
+
+#[test]
+fn what_a_dead_node_had_paused_another_resumes_from_the_blob_store() {
+    let blobs = tempfile::tempdir().expect("a temporary folder");
+    let ((a_data, control_data), (b_data, _)) = (data_dirs(), data_dirs());
+    let start = |data: &tempfile::TempDir| {
+        let mut command = node(data.path());
+        command.args(["--runtime", "fake", "--blobs"]).arg(blobs.path());
+        Server::run(&mut command)
+    };
+    let (a, b) = (start(&a_data), start(&b_data));
+    let mut command = up(control_data.path());
+    command.arg("--node").arg(socket(&a)).arg("--node").arg(socket(&b));
+    let control = Server::run(&mut command);
+    let sandbox = control.create(json!({ "templateID": "base" }));
+    let id = sandbox["sandboxID"].as_str().expect("an id").to_owned();
+    let token = sandbox["envdAccessToken"].as_str().expect("a token").to_owned();
+    assert_eq!(control.api("POST", &format!("/sandboxes/{id}/pause"), None).0, 204);
+    // Each node has a template of its own: the other one knows nothing of this one's.
+    let snapshots = |data: &tempfile::TempDir| {
+        let folders = std::fs::read_dir(data.path().join("snapshots")).expect("list");
+        folders.map(|folder| folder.expect("an entry").path()).collect::<Vec<_>>()
+    };
+    let (home, home_data, other, other_data) = match snapshots(&a_data).is_empty() {
+        false => (a, &a_data, b, &b_data),
+        true => (b, &b_data, a, &a_data),
+    };
+    let uploaded = snapshots(home_data)[0].join("uploaded");
+    wait_until("the upload", || uploaded.exists());
+    home.crash();
+    let connect = || control.api("POST", &format!("/v2/sandboxes/{id}/connect"), None).0;
+    wait_until("it runs elsewhere", || connect() == 201);
+    assert_eq!(snapshots(other_data).len(), 1);
+    let headers = format!("X-Access-Token: {token}\r\n");
+    let (status, body) = control.traffic(&id, 49983, "/metrics", &headers);
+    assert!(status == 200 && body.contains(&id), "{status} {body}");
+
+    // The dead node comes back beside it, and lets go of what it had once that is nobody's.
+    let home = start(home_data);
+    assert_eq!(control.api("DELETE", &format!("/sandboxes/{id}"), None).0, 204);
+    wait_until("both let go of it", || {
+        snapshots(home_data).is_empty() && snapshots(other_data).is_empty()
+    });
+    let refs = blobs.path().join("refs/snapshots");
+    let left = || {
+        let folders = std::fs::read_dir(&refs).expect("list").map(|f| f.expect("an entry").path());
+        folders.map(|folder| std::fs::read_dir(folder).expect("list").count()).sum::<usize>()
+    };
+    wait_until("the store has no name of it", || left() == 0);
+    control.stop();
+    home.stop();
+    other.stop();
 }
 
 #[test]

@@ -24,7 +24,7 @@ use crate::lifecycle::shielded;
 use crate::limits::TooBig;
 use crate::live::{AtLimit, EndedEarly, EnvVars, Lifecycle, Observed, OnEnd, Sandbox, Slot, Terms};
 use crate::node::{AutoPause, NodeCallError, Start};
-use crate::nodes::{Contact, Member};
+use crate::nodes::{Contact, Member, NodeIx};
 use crate::store::{DEFAULT_TAG, SnapshotKey, SnapshotRecord, StoreError};
 use crate::team::Team;
 use crate::templates::{Placed, Reference, ResolveError, Template};
@@ -357,9 +357,8 @@ async fn resolve(app: &App, reference: &Reference, team: &Team) -> Result<Placed
         known => return Ok(known?),
     }
     if let Some(record) = find_snapshot(app, reference, team).await? {
-        let node = app.snapshots.node_of(&record.kept.id);
         let template = Template::of_snapshot(&record);
-        return Ok(Placed { template, nodes: node.into_iter().collect() });
+        return Ok(Placed { template, nodes: nodes_for(app, &record.kept.id) });
     }
     let in_touch = app.nodes.iter().filter(|node| node.contact() == Contact::InTouch);
     let ask = in_touch.map(|node| async move {
@@ -371,6 +370,16 @@ async fn resolve(app: &App, reference: &Reference, team: &Team) -> Result<Placed
     });
     futures::future::join_all(ask).await;
     Ok(app.templates.resolve(reference, team)?)
+}
+
+/// Where a snapshot can be started: where it is, or, while that node is away and it was uploaded, on any other.
+fn nodes_for(app: &App, id: &BuildId) -> Vec<NodeIx> {
+    let home = app.snapshots.node_of(id);
+    let is_away = |home: &NodeIx| app.nodes.get(*home).contact() != Contact::InTouch;
+    if home.as_ref().is_none_or(is_away) && app.snapshots.was_uploaded(id) {
+        return app.nodes.iter().map(|node| node.ix).collect();
+    }
+    home.into_iter().collect()
 }
 
 /// The snapshot of `team` that `reference` means, by its name or else its id.

@@ -21,7 +21,7 @@ use crate::app::App;
 use crate::lifecycle::{EndError, missing, shielded, take_turn};
 use crate::live::{Heard, Kept, Pausing, Sandbox};
 use crate::node::{NodeCallError, PauseMode};
-use crate::nodes::{Member, NodeIx};
+use crate::nodes::{Contact, Member, NodeIx};
 use crate::team::Team;
 use crate::writer::Change;
 
@@ -187,7 +187,18 @@ pub(crate) async fn kill(app: &App, sandbox: &Sandbox) -> Result<(), EndError> {
     let Some(saved) = &sandbox.saved else { return Err(EndError::NotFound) };
     let _busy = app.snapshots.busy(&saved.snapshot);
     let outcome = match app.snapshots.node_of(&saved.snapshot) {
-        Some(node) => remove_all(app.nodes.get(node), &sandbox.id, &saved.snapshot).await,
+        Some(node) => {
+            let removed = remove_all(app.nodes.get(node), &sandbox.id, &saved.snapshot).await;
+            if removed.is_ok() && app.snapshots.was_uploaded(&saved.snapshot) {
+                remove_copies(app, &saved.snapshot, Some(node)).await;
+            }
+            removed
+        }
+        // It is in the blob store alone, and any node of that removes it from there.
+        None if app.snapshots.was_uploaded(&saved.snapshot) => {
+            remove_copies(app, &saved.snapshot, None).await;
+            Ok(())
+        }
         None => Err(EndError::NodeAway),
     };
     match outcome {
@@ -251,7 +262,26 @@ pub(crate) async fn remove_given_up(app: Arc<App>) -> Result<(), Infallible> {
 /// far as is known.
 pub(crate) async fn remove(app: &App, id: &BuildId) -> bool {
     let Some(node) = app.snapshots.node_of(id) else { return true };
-    match app.nodes.get(node).rpc.delete_snapshot(id).await {
+    let was_uploaded = app.snapshots.was_uploaded(id);
+    let is_gone = remove_from(app, app.nodes.get(node), id).await;
+    if is_gone && was_uploaded {
+        remove_copies(app, id, Some(node)).await;
+    }
+    is_gone
+}
+
+/// Removes what other nodes than `home` have taken of an uploaded snapshot nobody needs, from all that answer now. A
+/// reconcile finds what stays.
+async fn remove_copies(app: &App, id: &BuildId, home: Option<NodeIx>) {
+    let others = app.nodes.iter().filter(|node| Some(node.ix) != home);
+    let others = others.filter(|node| node.contact() == Contact::InTouch);
+    let removals = others.map(|node| remove_from(app, node, id));
+    let _rest_is_met_later = futures::future::join_all(removals).await;
+}
+
+/// Removes a snapshot nobody needs from one node, as [`remove`].
+pub(crate) async fn remove_from(app: &App, node: &Member, id: &BuildId) -> bool {
+    match node.rpc.delete_snapshot(id).await {
         Ok(()) => info!(snapshot = %id, "removed a snapshot nobody needs"),
         Err(e) if e.kind() == Kind::NotFound => {}
         Err(e) => {
@@ -259,6 +289,8 @@ pub(crate) async fn remove(app: &App, id: &BuildId) -> bool {
             return false;
         }
     }
-    app.snapshots.is_gone(id);
+    if app.snapshots.node_of(id) == Some(node.ix) {
+        app.snapshots.is_gone(id);
+    }
     true
 }

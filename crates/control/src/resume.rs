@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use belljar_daemon::clock;
 use belljar_domain::{ExecutionId, SandboxId};
+use belljar_wire::refusal::Refusal;
 use tokio::time::Instant;
 use tracing::debug;
 
@@ -28,6 +29,8 @@ use crate::writer::Change;
 const CHANGE_WAIT: Duration = Duration::from_secs(60);
 /// How long a node may take to start it: a cold boot on a busy host takes many seconds.
 const START_TIME: Duration = Duration::from_secs(60);
+/// Nodes asked to start it, at most.
+const NODES_TRIED: usize = 3;
 /// How often a caller looks again when what it found changed under its hands.
 const TRIES: usize = 16;
 
@@ -156,9 +159,11 @@ async fn resume(
     if saved.guest_unresponsive && !cold_boot {
         return Err(ResumeError::NeedsColdBoot);
     }
-    let node = app.snapshots.node_of(&saved.snapshot).map(|ix| app.nodes.get(ix));
-    let node = node.filter(|node| node.contact() == Contact::InTouch);
-    let node = node.ok_or(ResumeError::NodeAway)?;
+    let home = app.snapshots.node_of(&saved.snapshot).map(|ix| app.nodes.get(ix));
+    let home = home.filter(|node| node.contact() == Contact::InTouch);
+    if home.is_none() && app.nodes.iter().all(|node| node.contact() != Contact::InTouch) {
+        return Err(ResumeError::NodeAway);
+    }
     let _busy = app.snapshots.busy(&saved.snapshot);
     let execution = ExecutionId::random();
     // One of several callers, before any takes a place.
@@ -168,13 +173,45 @@ async fn resume(
     let undo = Undo { app, id: Some(&sandbox.id) };
     let slot = creation::reserve(app, team, &as_template(sandbox, saved)).await;
     let slot = slot.map_err(ResumeError::Place)?;
-    let started = start(app, node, sandbox, &execution, Rouse { cold_boot, ..how }).await;
-    let resumed = started.inspect_err(|error| {
+    let resumed = place(app, home, sandbox, &execution, Rouse { cold_boot, ..how }).await?;
+    finish(app, slot, resumed, undo).map(Some)
+}
+
+/// Starts it where its snapshot is; when that node is away, or has no room, on another one that finds the
+/// snapshot in its blob store. Only a node that has refused is passed over: of one whose answer is lost nobody
+/// knows whether the sandbox runs there.
+async fn place(
+    app: &App,
+    home: Option<&Member>,
+    sandbox: &Sandbox,
+    execution: &ExecutionId,
+    how: Rouse,
+) -> Result<Arc<Sandbox>, ResumeError> {
+    let all: Vec<_> = app.nodes.iter().map(|node| node.ix).collect();
+    let (mut refused, mut first) = (Vec::new(), None);
+    while refused.len() < NODES_TRIED {
+        let at_home = home.filter(|home| !refused.contains(&home.ix));
+        let node = at_home.or_else(|| app.nodes.choose(&all, &refused, sandbox.need()));
+        let Some(node) = node else { break };
+        let error = match start(app, node, sandbox, execution, how).await {
+            Ok(sandbox) => return Ok(sandbox),
+            Err(error) => error,
+        };
         debug!(sandbox = %sandbox.id, error = %error, "a sandbox was not resumed");
         // The node may have done it all the same, or may not have the snapshot any more.
         node.reconcile_soon.notify_one();
-    })?;
-    finish(app, slot, resumed, undo).map(Some)
+        let refusal = match &error {
+            ResumeError::Node(e) => e.refusal(),
+            _ => None,
+        };
+        let Some(refusal) = refusal else { return Err(error) };
+        refused.push(node.ix);
+        // A node that does not know the snapshot has nothing to say about it, unless it should.
+        if refusal != Refusal::NoTemplate || at_home.is_some() {
+            first.get_or_insert(error);
+        }
+    }
+    Err(first.unwrap_or(ResumeError::NodeAway))
 }
 
 /// What `sandbox` takes, as if it were to be created.
@@ -222,6 +259,8 @@ async fn start(
         return Err(ResumeError::Mixup);
     }
     claim.keep();
+    // It has taken it over if it did not have it.
+    app.snapshots.is_on(&saved.snapshot, node.ix);
     let saved = Some(Arc::clone(saved));
     Ok(Arc::new(Sandbox { saved, ..Sandbox::new(node.ix, observed, terms) }))
 }

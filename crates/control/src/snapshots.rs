@@ -1,7 +1,7 @@
 //! Where snapshots are, and which of them a call is about now. The nodes have them, and say so at
 //! every reconcile; who takes or removes one says it here at once.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use belljar_domain::BuildId;
@@ -21,6 +21,8 @@ pub(crate) struct Snapshots {
 struct Inner {
     /// Where each is, and since which change.
     places: HashMap<BuildId, (NodeIx, u64)>,
+    /// Those a node has said are in the blob store, too.
+    uploaded: HashSet<BuildId>,
     /// Calls under way about each.
     busy: HashMap<BuildId, usize>,
     /// Those nobody needs any more, which are still to be removed, and how often that was tried.
@@ -93,6 +95,18 @@ impl Snapshots {
         let mut inner = self.lock();
         inner.changes += 1;
         inner.places.remove(id);
+        inner.uploaded.remove(id);
+    }
+
+    /// A node has said that `id` is in the blob store, too.
+    pub(crate) fn is_uploaded(&self, id: &BuildId) {
+        self.lock().uploaded.insert(id.clone());
+    }
+
+    /// Whether `id` can be had from the blob store when its node does not have it. What was said to an earlier
+    /// process is not known.
+    pub(crate) fn was_uploaded(&self, id: &BuildId) -> bool {
+        self.lock().uploaded.contains(id)
     }
 
     /// Which node keeps `id`. `None` when none is known to: perhaps it is away.
@@ -113,7 +127,7 @@ impl Snapshots {
         held: impl Iterator<Item = &'a BuildId>,
     ) -> Vec<BuildId> {
         let mut inner = self.lock();
-        let held: std::collections::HashSet<&BuildId> = held.collect();
+        let held: HashSet<&BuildId> = held.collect();
         let is_over = |id: &BuildId, place: &(NodeIx, u64)| {
             place.0 == node && place.1 <= mark.0 && !held.contains(id)
         };

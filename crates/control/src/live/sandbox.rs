@@ -101,6 +101,8 @@ pub(crate) struct Kept {
     pub(crate) created_at: UnixMillis,
     /// What it alone takes on disk.
     pub(crate) own_bytes: u64,
+    /// Whether other nodes can take it from the blob store, as far as its node has said.
+    pub(crate) uploaded: bool,
 }
 
 /// What a node says of one sandbox it holds.

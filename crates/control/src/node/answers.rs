@@ -97,6 +97,7 @@ pub(super) fn snapshot(info: &SnapshotInfo) -> Result<Kept, String> {
         started_at: UnixMillis(info.started_at_unix_ms),
         created_at: UnixMillis(info.created_at_unix_ms),
         own_bytes: info.own_bytes,
+        uploaded: info.uploaded,
     })
 }
 

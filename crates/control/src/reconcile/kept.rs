@@ -5,7 +5,8 @@
 //! - one the table or the store knows, or that a call is about: left alone;
 //! - any other: removed.
 //!
-//! A paused sandbox whose snapshot is gone from its node is gone.
+//! A paused sandbox whose snapshot is gone from its node is gone, unless it was uploaded: then any node can
+//! start it. So several nodes may have one snapshot, and each is told by itself when nobody needs it.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use super::{ReconcileError, SETTLE, Teams};
 use crate::app::App;
 use crate::live::{Kept, Sandbox, Standing};
 use crate::nodes::Member;
-use crate::pause::{discard, heard, remove};
+use crate::pause::{discard, heard, remove_from};
 use crate::snapshots::Mark;
 use crate::terms;
 use crate::writer::Change;
@@ -39,9 +40,14 @@ pub(super) async fn follow(
     mark: Mark,
     kept: &[Kept],
 ) -> Result<(), ReconcileError> {
+    kept.iter().filter(|kept| kept.uploaded).for_each(|kept| app.snapshots.is_uploaded(&kept.id));
     let vanished = app.snapshots.observe(node.ix, mark, kept.iter().map(|kept| &kept.id));
     let known: HashMap<BuildId, SandboxId> = app.live.saved().into_iter().collect();
     for id in vanished.iter().filter_map(|id| known.get_key_value(id)) {
+        if app.snapshots.was_uploaded(id.0) {
+            info!(sandbox = %id.1, snapshot = %id.0, "a paused sandbox is in the blob store only");
+            continue;
+        }
         warn!(sandbox = %id.1, snapshot = %id.0, "a paused sandbox is gone from its node");
         discard(app, id.1, id.0, "lost");
     }
@@ -56,7 +62,7 @@ pub(super) async fn follow(
         if let Fate::Removed = settle(app, node, kept, &mut teams).await? {
             let _call = app.snapshots.busy(&kept.id);
             // What stays is met by the next reconcile.
-            let _is_gone = remove(app, &kept.id).await;
+            let _is_gone = remove_from(app, node, &kept.id).await;
         }
     }
     write_what_is_missing(app, &stored);

@@ -117,6 +117,7 @@ impl Stored {
             started_at: UnixMillis(self.started_at_ms),
             created_at: UnixMillis(self.created_at_ms),
             own_bytes: u64::try_from(self.own_bytes).unwrap_or_default(),
+            uploaded: false,
         })
     }
 
@@ -375,6 +376,7 @@ pub(super) async fn write_pause(tx: &mut Tx, sandbox: &Sandbox) -> Result<(), sq
         started_at: sandbox.started_at,
         created_at: saved.at,
         own_bytes: saved.own_bytes,
+        uploaded: false,
     };
     let (team, template) = (&sandbox.team, &sandbox.template);
     insert(tx, NewRow { kind: PAUSED, team, template, name: None, kept: &kept }).await.map(drop)

@@ -4,6 +4,7 @@ mod admin;
 mod adoption;
 mod contract;
 mod document;
+mod elsewhere;
 mod endpoints;
 mod events;
 mod faults;

@@ -33,6 +33,7 @@ fn kept(team: &TeamId, at: i64) -> Kept {
         started_at: START,
         created_at: UnixMillis(at),
         own_bytes: 1 << 40,
+        uploaded: false,
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use belljar_daemon::{OnError, Scope};
+use belljar_wire::refusal::Refusal;
 use belljar_wire::rpc::belljar::node::v1::{
     CreateSandboxRequest, CreateSandboxResponse, DeleteSnapshotRequest, DeleteSnapshotResponse,
     DescribeRequest, DescribeResponse, ForgetReclaimedRequest, ForgetReclaimedResponse,
@@ -48,7 +49,8 @@ impl FakeNode {
         FakeNode::serve(socket, state).await
     }
 
-    async fn serve(socket: &Path, state: Arc<State>) -> FakeNode {
+    /// A node that has what `state` says.
+    pub(crate) async fn serve(socket: &Path, state: Arc<State>) -> FakeNode {
         let scope = Scope::root("fake node");
         let listener = UnixListener::bind(socket).expect("a socket");
         let router = Arc::new(Service(state.clone())).register(Router::new());
@@ -135,7 +137,8 @@ impl NodeService for Service {
             return Err(ConnectError::already_exists("it runs here"));
         }
         if !self.0.has_build(&request.build_id) {
-            return Err(ConnectError::not_found("there is no such build"));
+            let error = ConnectError::not_found("there is no such build");
+            return Err(Refusal::NoTemplate.mark(error));
         }
         let mut info =
             sandbox_info(&request.sandbox_id, &request.execution_id, request.end_at_unix_ms);

@@ -37,6 +37,8 @@ pub(crate) struct State {
     pub(crate) more_templates: Mutex<Vec<TemplateInfo>>,
     /// What it keeps.
     pub(crate) snapshots: Mutex<BTreeMap<String, SnapshotInfo>>,
+    /// What it finds in its blob store.
+    pub(crate) stored: Mutex<BTreeMap<String, SnapshotInfo>>,
     /// How sandboxes are paused at their end.
     pub(super) auto_pauses: Mutex<HashMap<String, AutoPause>>,
     /// Every pause that was asked for.
@@ -76,6 +78,7 @@ impl State {
             lists: watch::channel(0).0,
             more_templates: Mutex::default(),
             snapshots: Mutex::default(),
+            stored: Mutex::default(),
             auto_pauses: Mutex::default(),
             pauses: Mutex::default(),
             next_save: Mutex::default(),
@@ -173,8 +176,11 @@ impl State {
         self.snapshots.lock().expect("no panic holds it").keys().cloned().collect()
     }
 
-    /// Whether a sandbox can be started from `build`.
+    /// Whether a sandbox can be started from `build`; takes it over from the blob store if that has it.
     pub(super) fn has_build(&self, build: &str) -> bool {
+        if let Some(stored) = self.stored.lock().expect("no panic holds it").get(build).cloned() {
+            self.snapshots.lock().expect("no panic holds it").insert(build.to_owned(), stored);
+        }
         let more = self.more_templates.lock().expect("no panic holds it");
         build == BUILD_ID
             || more.iter().any(|template| template.build_id == build)

@@ -34,6 +34,7 @@ use crate::source::Source;
 use record::{FILES, Header};
 
 pub use fetch::FetchError;
+pub(crate) use fetch::Templates;
 
 pub(crate) const BLOCK: usize = BLOCK_BYTES as usize;
 /// How often an image is written again at once when something it shares was being collected.

@@ -9,7 +9,7 @@ use belljar_domain::BuildId;
 use tokio::sync::{Semaphore, watch};
 use tracing::warn;
 
-use crate::archive::{Archive, FetchError};
+use crate::archive::{Archive, FetchError, Templates};
 use crate::boot::CreateError;
 use crate::registry::chain;
 use crate::shelf::Shelf;
@@ -23,6 +23,7 @@ type Outcome = Option<Result<bool, Arc<FetchError>>>;
 
 pub(crate) struct Fetches {
     archive: Arc<Archive>,
+    templates: Arc<Templates>,
     flying: Arc<Mutex<HashMap<BuildId, watch::Receiver<Outcome>>>>,
     places: Arc<Semaphore>,
 }
@@ -35,9 +36,10 @@ fn lock(
 }
 
 impl Fetches {
-    pub(crate) fn new(archive: Arc<Archive>) -> Fetches {
-        let places = Arc::new(Semaphore::new(AT_ONCE));
-        Fetches { archive, flying: Arc::default(), places }
+    /// What the templates of this host have is not fetched.
+    pub(crate) fn new(archive: Arc<Archive>, templates: Templates) -> Fetches {
+        let (templates, places) = (Arc::new(templates), Arc::new(Semaphore::new(AT_ONCE)));
+        Fetches { archive, templates, flying: Arc::default(), places }
     }
 
     /// Fetches a snapshot, or waits for whoever does. False when the store does not have it. A fetch goes on
@@ -68,10 +70,12 @@ impl Fetches {
         flying.insert(id.clone(), outcome.clone());
         let (archive, shelf, id) = (Arc::clone(&self.archive), shelf.clone(), id.clone());
         let (places, table) = (Arc::clone(&self.places), Arc::clone(&self.flying));
+        let templates = Arc::clone(&self.templates);
         scope.spawn("fetch snapshot", OnError::Log, async move {
             let _place = places.acquire().await;
             let wanted = id.clone();
-            let fetched = on_thread("fetch", move || fetch(&archive, &wanted, &shelf)).await;
+            let fetched =
+                on_thread("fetch", move || fetch(&archive, &wanted, &shelf, &templates)).await;
             // Off the table first: who comes later finds it here, or tries again.
             lock(&table).remove(&id);
             if let Some(fetched) = fetched {
@@ -83,12 +87,17 @@ impl Fetches {
     }
 }
 
-fn fetch(archive: &Archive, id: &BuildId, shelf: &Shelf) -> Result<bool, Arc<FetchError>> {
+fn fetch(
+    archive: &Archive,
+    id: &BuildId,
+    shelf: &Shelf,
+    templates: &Templates,
+) -> Result<bool, Arc<FetchError>> {
     // Another fetch has landed between the caller's look and this.
     if shelf.get(id).is_some() {
         return Ok(true);
     }
-    archive.fetch(id, shelf).map_err(|e| {
+    archive.fetch(id, shelf, templates).map_err(|e| {
         warn!(error = %chain(&e), "a stored snapshot was not fetched");
         Arc::new(e)
     })

@@ -53,3 +53,8 @@ pub(crate) fn load_templates(
     }
     Ok((ready, unusable))
 }
+
+/// What each template is started from.
+pub(crate) fn sources(templates: &HashMap<BuildId, Ready>) -> HashMap<BuildId, Arc<Source>> {
+    templates.iter().map(|(id, ready)| (id.clone(), ready.source.clone())).collect()
+}

@@ -27,13 +27,12 @@ use crate::log::{LogEntry, LogQuery};
 use crate::metrics::{Figures, MetricsQuery, Sample, made};
 use crate::owner::Command;
 use crate::probe::Places;
-use crate::ready::{Ready, load_templates};
+use crate::ready::{Ready, load_templates, sources};
 use crate::reclaim::{Reclaimed, reclaim};
 use crate::record::RecordError;
 use crate::settings::{Deps, MetricsFrom, Settings};
 use crate::shelf::{DeleteSnapshotError, Shelf};
 use crate::snapshot::SnapshotMeta;
-use crate::source::Source;
 use crate::table::{Entry, Running, Table};
 use crate::template::Template;
 use crate::untold::UntoldEnds;
@@ -181,7 +180,7 @@ impl Sandboxes {
             uploads::start(&shelf, archive, &scope);
         }
         let inner = Inner {
-            fetches: deps.archive.clone().map(Fetches::new),
+            fetches: deps.archive.clone().map(|archive| Fetches::new(archive, sources(&templates))),
             starting: Semaphore::new(settings.limits.starting_max),
             probes: Places::default(),
             keepers,

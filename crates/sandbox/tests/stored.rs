@@ -166,6 +166,43 @@ async fn what_one_node_paused_another_resumes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_template_of_both_nodes_has_is_not_fetched() {
+    let shared = Shared::new();
+    let (a, scope) = (node(shared.store()).await, Scope::root("a"));
+    let (on_a, _) = a.open(a.limits(), &scope).await;
+    let (id, snapshot) = paused(&a, &on_a, b"precious").await;
+    until("uploaded", || on_a.is_uploaded(&snapshot)).await;
+    assert!(scope.close(PATIENCE).await);
+    let (b, scope) = (node(shared.store()).await, Scope::root("b"));
+    let template = |rig: &Rig| rig.dir.path().join("templates").join(a.build_id.as_str());
+    std::fs::create_dir(template(&b)).expect("mkdir");
+    for file in std::fs::read_dir(template(&a)).expect("list") {
+        let file = file.expect("an entry");
+        std::fs::copy(file.path(), template(&b).join(file.file_name())).expect("copy");
+    }
+    let (on_b, _) = b.open(b.limits(), &scope).await;
+    on_b.create(resume(&b, &id, &snapshot)).await.expect("resume");
+    assert_eq!(read(&b, &id, 8), b"precious");
+    // Its disk is the template's, and of its memory one layer lies over the template's.
+    assert_eq!(layers(b.dir.path()), 1);
+    let below = format!("templates/{}/memory", a.build_id);
+    let map = b.dir.path().join("snapshots").join(snapshot.as_str()).join("memory.map");
+    let map = std::fs::read(map).expect("read");
+    let names_it = map.windows(below.len()).any(|part| part == below.as_bytes());
+    assert_eq!(names_it, on_b.templates().len() == 2 && has_data(&template(&b).join("memory")));
+    on_b.kill(&id).await.expect("kill");
+    on_b.delete_snapshot(&snapshot).await.expect("delete");
+    assert!(scope.close(PATIENCE).await);
+    b.assert_nothing_left();
+    assert_eq!((b.count("snapshots"), layers(b.dir.path())), (0, 0));
+}
+
+/// Whether a file has anything but zeros.
+fn has_data(file: &Path) -> bool {
+    std::fs::read(file).expect("read").iter().any(|byte| *byte != 0)
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_or_missing_chunk_is_named_and_never_started() {
     let shared = Shared::new();
     let (a, scope) = (node(shared.store()).await, Scope::root("a"));

@@ -2,8 +2,11 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
+
+use bytes::Bytes;
 
 use crate::cache::ChunkCache;
 use crate::device::{BLOCK_BYTES, index, len_u64};
@@ -99,12 +102,24 @@ impl ImageReader {
             source: Arc::new(source),
         };
         to.set_len(0).and_then(|()| to.set_len(self.size_bytes())).map_err(failed)?;
+        self.copy(0..self.manifest.blocks(), to)
+    }
+
+    /// Writes `blocks` of the image to their places in `to`; those that are zeros are left out.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub(crate) fn copy(&self, blocks: Range<u64>, to: &File) -> Result<Materialised, ReadError> {
+        let failed = |source: io::Error| ReadError::File {
+            image: self.manifest.id().to_string(),
+            source: Arc::new(source),
+        };
         let mut done = Materialised::default();
-        for run in self.manifest.runs() {
-            let object = self.object(run);
+        for run in self.manifest.runs_within(blocks) {
+            let object = self.object(&run);
             let end = (run.at + run.count).div_ceil(object.frame_blocks);
             let mut ahead = 0;
-            for piece in pieces(run, object) {
+            for piece in pieces(&run, object) {
                 if piece.frame >= ahead {
                     ahead = end.min(piece.frame + AHEAD_FRAMES);
                     self.cache.fetch_ahead(object, piece.frame..ahead)?;
@@ -117,6 +132,12 @@ impl ImageReader {
             }
         }
         Ok(done)
+    }
+
+    /// The BLAKE3 of each block of a run of the map, 32 bytes each.
+    pub(crate) fn hashes(&self, run: &Run) -> Result<Bytes, ReadError> {
+        let hashes = self.cache.hashes(self.object(run))?;
+        Ok(hashes.slice(usize_of(run.at) * 32..usize_of(run.at + run.count) * 32))
     }
 
     fn object(&self, run: &Run) -> &ObjectUse {

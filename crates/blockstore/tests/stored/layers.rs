@@ -51,7 +51,7 @@ fn store(
 fn fetch(rig: &Rig, manifest: &ImageManifest, to: &LayerStore) -> LayeredImage {
     let cache = Arc::new(ChunkCache::in_memory(Arc::clone(&rig.store), 1 << 20));
     let reader = ImageReader::open(cache, manifest.id()).expect("open");
-    LayeredImage::fetch(&reader, to).expect("fetched")
+    LayeredImage::fetch(&reader, to, None).expect("fetched")
 }
 
 fn all_of(image: &LayeredImage) -> Vec<u8> {
@@ -94,6 +94,43 @@ fn what_differs_goes_up_and_everything_comes_back() {
 }
 
 #[test]
+fn what_a_template_here_has_is_not_fetched() {
+    let (_dir, _layers, base, image, expected) = local();
+    let rig = Rig::new();
+    let base = store(&rig, "base", None, &base).manifest;
+    let child = store(&rig, "child", Some(&base), &image).manifest;
+    let zeros = LayeredImage::zero(BLOCKS * BLOCK_BYTES).expect("zeros");
+    // Another host with the same template; one with a template of its own that has a few of the same blocks.
+    let (_same, there, template, _, _) = local();
+    let reader = |id| {
+        let cache = Arc::new(ChunkCache::in_memory(Arc::clone(&rig.store), 1 << 20));
+        ImageReader::open(cache, id).expect("open")
+    };
+    let fetched =
+        LayeredImage::fetch(&reader(child.id()), &there, Some(&template)).expect("fetched");
+    assert!(all_of(&fetched) == expected);
+    assert_eq!(fetched.layers().len(), 2);
+    let own: u64 = fetched.runs_beyond(true).expect("runs").iter().map(|run| run.len).sum();
+    // Four blocks and one of zeros where the template has data.
+    assert_eq!(own, 5 * BLOCK_BYTES);
+    assert_eq!(fetched.lowest_template(), template.lowest_template());
+    // All of it, and nothing of it.
+    let whole = LayeredImage::fetch(&reader(base.id()), &there, Some(&template)).expect("fetched");
+    assert_eq!((whole.layers(), all_of(&whole)), (template.layers(), all_of(&template)));
+    let path = _same.path().join("templates/b/other");
+    std::fs::write(&path, vec![9; 64 * BLOCK]).expect("write");
+    let other = LayerName::new("templates/b/other").expect("a name");
+    let other = LayeredImage::raw(&there, &other).expect("open");
+    let fetched = LayeredImage::fetch(&reader(child.id()), &there, Some(&other)).expect("fetched");
+    assert!(all_of(&fetched) == expected && fetched.lowest_template().is_none());
+    // What is no single file of this size is no help, and no harm.
+    for useless in [&zeros, &*image] {
+        let fetched = LayeredImage::fetch(&reader(child.id()), &there, Some(useless));
+        assert!(all_of(&fetched.expect("fetched")) == expected);
+    }
+}
+
+#[test]
 fn a_fetch_that_fails_leaves_no_layer_and_zeros_need_none() {
     let (_dir, _layers, base, _image, _) = local();
     let rig = Rig::new();
@@ -104,7 +141,7 @@ fn a_fetch_that_fails_leaves_no_layer_and_zeros_need_none() {
     let there = LayerStore::open(elsewhere.path()).expect("open");
     let cache = Arc::new(ChunkCache::in_memory(Arc::clone(&rig.store), 1 << 20));
     let reader = ImageReader::open(cache, written.manifest.id()).expect("open");
-    let e = LayeredImage::fetch(&reader, &there).expect_err("an object is missing");
+    let e = LayeredImage::fetch(&reader, &there, None).expect_err("an object is missing");
     assert!(matches!(&e, FetchImageError::Read(_)) && !e.is_disk_full());
     assert!(e.to_string().contains(&format!("object {}", object.id)), "{e}");
     let left = std::fs::read_dir(elsewhere.path().join("layers")).expect("list").count();

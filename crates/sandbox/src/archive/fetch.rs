@@ -1,5 +1,6 @@
 //! Taking a snapshot of another host out of the store.
 
+use std::collections::HashMap;
 use std::fs::{OpenOptions, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
@@ -18,6 +19,10 @@ use super::{Archive, BLOCK, RECORD, name};
 use crate::record::RecordError;
 use crate::shelf::Shelf;
 use crate::snapshot::{self, SnapshotDraft, SnapshotMeta};
+use crate::source::Source;
+
+/// What of this host a snapshot may have come from.
+pub(crate) type Templates = HashMap<BuildId, Arc<Source>>;
 
 /// Bytes read of a file at once.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -119,8 +124,13 @@ impl Archive {
     ///
     /// # Errors
     /// [`FetchError`].
-    pub(crate) fn fetch(&self, id: &BuildId, shelf: &Shelf) -> Result<bool, FetchError> {
-        let fetched = self.try_fetch(id, shelf);
+    pub(crate) fn fetch(
+        &self,
+        id: &BuildId,
+        shelf: &Shelf,
+        templates: &Templates,
+    ) -> Result<bool, FetchError> {
+        let fetched = self.try_fetch(id, shelf, templates);
         if fetched.is_err() {
             // One of its two layers may have been made.
             shelf.sweep();
@@ -128,7 +138,12 @@ impl Archive {
         fetched
     }
 
-    fn try_fetch(&self, id: &BuildId, shelf: &Shelf) -> Result<bool, FetchError> {
+    fn try_fetch(
+        &self,
+        id: &BuildId,
+        shelf: &Shelf,
+        templates: &Templates,
+    ) -> Result<bool, FetchError> {
         let image = match resolve(self.store(), &name(id, RECORD)) {
             Ok(image) => image,
             Err(RefError::Unknown { .. }) => return Ok(false),
@@ -138,8 +153,12 @@ impl Archive {
         let (reader, header) = fetch.header()?;
         let draft = shelf.draft(id).map_err(|e| fetch.record_failed(e))?;
         let meta = fetch.files(&reader, &header, draft.files().dir.as_path())?;
-        let disk = fetch.image(header.disk, &draft.files().disk_map)?;
-        let memory = header.memory.map(|image| fetch.image(image, &draft.files().memory_map));
+        let template = templates.get(&meta.kernel_build_id);
+        let below = template.map(|template| &*template.root_disk);
+        let disk = fetch.image(header.disk, &draft.files().disk_map, below)?;
+        let below = template.and_then(|template| Some(&*template.saved.as_ref()?.image));
+        let memory_map = &draft.files().memory_map;
+        let memory = header.memory.map(|image| fetch.image(image, memory_map, below));
         let memory = memory.transpose()?;
         fetch.publish(draft, meta, (disk, memory))?;
         Ok(true)
@@ -247,10 +266,15 @@ impl Fetch<'_> {
         Ok(meta)
     }
 
-    /// Fetches an image into a layer of this host, with its map at `map`.
-    fn image(&self, image: ImageId, map: &Path) -> Result<Arc<LayeredImage>, FetchError> {
+    /// Fetches what `template` does not have of an image into a layer of this host, with its map at `map`.
+    fn image(
+        &self,
+        image: ImageId,
+        map: &Path,
+        template: Option<&LayeredImage>,
+    ) -> Result<Arc<LayeredImage>, FetchError> {
         let reader = self.reader(image)?;
-        let fetched = LayeredImage::fetch(&reader, self.shelf.layers());
+        let fetched = LayeredImage::fetch(&reader, self.shelf.layers(), template);
         let fetched =
             fetched.map_err(|source| FetchError::Image { snapshot_id: self.id.clone(), source })?;
         const STEP: &str = "put its disk and memory on stable storage";

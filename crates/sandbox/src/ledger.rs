@@ -258,7 +258,7 @@ mod tests {
         let ledger = Ledger::open(dir.path().to_owned()).expect("open");
         let spare = Entry::spare("is", "m-is", ("/run/s".into(), "/data/s".into()), 4);
         let line = Line::write(&ledger, &spare).expect("write");
-        assert_eq!(ledger.entries().expect("read").0, [spare.clone()]);
+        assert_eq!(ledger.entries().expect("read").0, std::slice::from_ref(&spare));
         assert!(spare.is_spare() && !entry().is_spare());
         line.pass_to(&entry()).expect("pass on");
         assert_eq!(ledger.entries().expect("read").0, [entry()]);

@@ -186,10 +186,10 @@ impl Shelf {
         self.inner.marks.set_uploaded(&self.inner.dir, id, store);
     }
 
-    /// Snapshots that are not in the blob store, in no order.
+    /// Snapshots that are not in the blob store and are to be, in no order.
     pub(crate) fn to_upload(&self) -> Vec<Arc<SnapshotMeta>> {
         let mut metas = self.list(None);
-        metas.retain(|meta| !self.is_uploaded(&meta.snapshot_id));
+        metas.retain(|meta| self.inner.marks.is_to_go_up(&meta.snapshot_id));
         metas
     }
 

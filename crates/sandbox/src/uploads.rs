@@ -103,7 +103,13 @@ async fn perform(shelf: &Shelf, archive: &Arc<Archive>, task: Task) -> bool {
 fn upload(shelf: &Shelf, archive: &Archive, id: &BuildId, stopped: &AtomicBool) -> bool {
     let Some(source) = shelf.get(id) else { return true };
     let go_on = || !stopped.load(Ordering::Relaxed) && shelf.get(id).is_some();
-    match archive.upload(&source, &shelf.folder(id), &go_on) {
+    let outcome = archive.upload(&source, &shelf.folder(id), &go_on);
+    drop(source);
+    if shelf.get(id).is_none() {
+        // Deleted while it went up: its layers were still open then.
+        shelf.sweep();
+    }
+    match outcome {
         // Dropped meanwhile: the next server finds it in the store.
         Ok(_) if stopped.load(Ordering::Relaxed) => false,
         Ok(stats) => {

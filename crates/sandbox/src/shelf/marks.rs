@@ -75,6 +75,12 @@ impl Marks {
         self.known().uploaded.contains(id)
     }
 
+    /// Whether a snapshot is still to be uploaded: not one that is just being deleted.
+    pub(super) fn is_to_go_up(&self, id: &BuildId) -> bool {
+        let known = self.known();
+        !known.uploaded.contains(id) && !known.deleted.contains(id)
+    }
+
     /// Notes that a snapshot is in the store. Where that cannot be written, the next server looks again.
     pub(super) fn set_uploaded(&self, snapshots: &Path, id: &BuildId, store: &str) {
         self.known().uploaded.insert(id.clone());

@@ -23,8 +23,8 @@ const LEFT_OUT: &str = "restoring_ten_times_is_measured";
 /// By how much the tests wait longer than on a host: a boot takes 3 to 20 s in there when nothing else
 /// runs here, and this is for when something does.
 const PATIENCE: &str = "4";
-/// Two to five minutes, as busy as this host is.
-const LIMIT: Duration = Duration::from_secs(15 * 60);
+/// Five minutes on a quiet host; 15 were measured on one that three others compiled on.
+const LIMIT: Duration = Duration::from_secs(40 * 60);
 /// What the outer machine takes at most, and what its own process needs.
 const NEEDED_KIB: u64 = 3 << 20;
 

@@ -24,6 +24,7 @@ use tracing::{debug, warn};
 
 use crate::cgroup::{Cgroups, Group, Limits};
 use crate::machine::{Identity, StartError};
+use crate::sys::jail::Root;
 use crate::sys::{self, ChildSetup};
 
 /// Starts that may wait for the thread; more wait for a place.
@@ -41,6 +42,8 @@ pub(crate) struct Launch {
     /// Descriptors the process gets under the numbers they have now.
     pub(crate) inherit: Vec<OwnedFd>,
     pub(crate) netns: Option<OwnedFd>,
+    /// Its file system; the program is looked for there.
+    pub(crate) root: Option<Root>,
     pub(crate) identity: Option<Identity>,
     /// Standard output and error.
     pub(crate) log: File,
@@ -77,6 +80,14 @@ pub(crate) struct ProcessHandle {
 impl ProcessHandle {
     pub(crate) fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// A descriptor that is readable once it has ended.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub(crate) fn end_descriptor(&self) -> io::Result<OwnedFd> {
+        self.pidfd.try_clone()
     }
 
     /// Whether it has not ended. While that is so its id means it.
@@ -342,6 +353,7 @@ fn spawn(launch: &Launch) -> Result<(u32, OwnedFd), StartError> {
         .stderr(launch.log.try_clone().map_err(io)?);
     let setup = ChildSetup {
         netns: launch.netns.as_ref().map(|fd| fd.as_raw_fd()),
+        root: launch.root.clone(),
         identity: launch.identity,
         inherit: launch.inherit.iter().map(|fd| fd.as_raw_fd()).collect(),
     };
@@ -373,6 +385,7 @@ mod tests {
             args: vec!["-c".into(), script.into()],
             inherit: Vec::new(),
             netns: None,
+            root: None,
             identity: None,
             log: File::options().write(true).open("/dev/null").expect("every Linux has it"),
             cgroups: Arc::new(Cgroups::Unbounded { reason: "a test".into() }),

@@ -25,6 +25,12 @@ pub trait Runtime: Send + Sync + 'static {
     /// What a saved machine depends on: a saved machine restores only under the same text.
     fn fingerprint(&self) -> String;
 
+    /// Whether it restores a machine that was saved under this fingerprint: its own, and perhaps those
+    /// of other versions that it has.
+    fn restores(&self, fingerprint: &str) -> bool {
+        fingerprint == self.fingerprint()
+    }
+
     /// Whether its machines read their root disk. Where none does, callers need not serve one.
     fn reads_disks(&self) -> bool {
         true

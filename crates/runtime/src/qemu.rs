@@ -11,14 +11,12 @@
 //! QEMU's system call filter, as another user if asked, and dies with this process.
 
 mod args;
-mod detect;
+pub(crate) mod detect;
 mod files;
 mod machine;
-mod memory;
 mod qmp;
 mod snapshot;
 mod start;
-mod tap;
 
 pub use detect::{DetectError, TierReason};
 

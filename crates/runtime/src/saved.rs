@@ -198,6 +198,15 @@ pub(crate) fn check(saved: &SavedMachine, current: &Shape) -> Result<Checked, St
     Ok(Checked { state: files.state, kind })
 }
 
+/// What the saved machine in `folder` says of the driver that saved it. Blocks on the disk.
+///
+/// # Errors
+/// [`StartError::Missing`] or [`StartError::Corrupt`].
+pub(crate) fn fingerprint_in(folder: &Path) -> Result<String, StartError> {
+    let (description, _) = read_description(&SavedFiles::within(folder).description)?;
+    Ok(description.fingerprint)
+}
+
 fn read_description(path: &Path) -> Result<(Description, StateKind), StartError> {
     let what = "saved machine description";
     let length = length_of(what, path)?;

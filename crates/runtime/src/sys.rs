@@ -12,8 +12,12 @@ use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
 use crate::machine::Identity;
 
+pub(crate) mod jail;
 pub(crate) mod kvm;
 pub(crate) mod userfault;
 
@@ -22,6 +26,8 @@ pub(crate) mod userfault;
 pub(crate) struct ChildSetup {
     /// The network namespace it enters.
     pub(crate) netns: Option<RawFd>,
+    /// What its file system becomes; `None` is ours.
+    pub(crate) root: Option<jail::Root>,
     /// Who it becomes.
     pub(crate) identity: Option<Identity>,
     /// The descriptors it keeps beside the standard three, under the same numbers.
@@ -43,6 +49,9 @@ impl ChildSetup {
         if let Some(netns) = self.netns {
             // SAFETY: a descriptor number and a flag; no memory is passed.
             check(unsafe { libc::setns(netns, libc::CLONE_NEWNET) })?;
+        }
+        if let Some(root) = &self.root {
+            root.enter()?;
         }
         if let Some(Identity { uid, gid }) = self.identity {
             // SAFETY: an empty list needs no pointer; the rest are plain numbers.
@@ -103,6 +112,26 @@ pub(crate) fn open_tap(name: &str) -> io::Result<OwnedFd> {
     // SAFETY: the ioctl reads and writes one `ifreq`, which outlives the call.
     check(unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
     Ok(device.into())
+}
+
+/// Waits for a descriptor to be readable, in the runtime of the caller.
+///
+/// # Errors
+/// I/O errors.
+pub(crate) fn watch_readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is the same open descriptor until it is dropped, and nobody here replaces
+    // the one in there.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
+}
+
+/// Lets a user attach to the tap `name` of the calling thread's network namespace, which is there.
+///
+/// # Errors
+/// As [`open_tap`].
+pub(crate) fn give_tap(name: &str, uid: u32) -> io::Result<()> {
+    let tap = open_tap(name)?;
+    // SAFETY: a descriptor and a plain number.
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETOWNER, libc::c_ulong::from(uid)) })
 }
 
 /// The processor's time stamp counter.

@@ -9,6 +9,8 @@ use std::time::Duration;
 const SKIP_LOG_VARIABLE: &str = "BELLJAR_SKIP_LOG";
 /// Names the folder with the kernel, the root filesystem and the guest daemon.
 const ASSETS_VARIABLE: &str = "BELLJAR_ASSETS";
+/// Names a Firecracker program.
+const FIRECRACKER_VARIABLE: &str = "BELLJAR_FIRECRACKER";
 /// Says how tests of the machine drivers must run their guests.
 const ACCELERATION_VARIABLE: &str = "BELLJAR_TEST_ACCELERATION";
 /// By how much deadlines of tests are longer.
@@ -40,6 +42,11 @@ pub fn skip(reason: &str) {
 /// Whether the test runs with root's powers.
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
+}
+
+/// The Firecracker that `BELLJAR_FIRECRACKER` names; `None` when unset.
+pub fn firecracker() -> Option<PathBuf> {
+    variable(FIRECRACKER_VARIABLE).map(PathBuf::from)
 }
 
 /// What `BELLJAR_TEST_ACCELERATION` says: `kvm` or `emulated`, and the test fails where that cannot be

@@ -12,6 +12,6 @@ mod cgroups;
 mod network;
 mod processes;
 
-pub use environment::{Assets, acceleration, assets, is_root, patience, skip};
+pub use environment::{Assets, acceleration, assets, firecracker, is_root, patience, skip};
 pub use leaks::{HostSnapshot, Sight, assert_clean};
 pub use logs::{LogOracle, Transcript};

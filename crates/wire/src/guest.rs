@@ -27,6 +27,14 @@ pub use crate::log_level::LogLevel;
 /// Name of the virtio-serial port that carries this channel.
 pub const PORT_NAME: &str = "belljar.control.1";
 
+/// Port in a guest, on its socket device, where its daemon listens for the host when the machine has
+/// no virtio-serial port. Only root may listen on ports below 1024.
+pub const CONTROL_PORT: u32 = 1000;
+
+/// Port of the host to which such a daemon connects, and says nothing, when it waits for the host:
+/// after a boot, and whenever its connection has ended.
+pub const KNOCK_PORT: u32 = 1024;
+
 /// Longest line either side accepts, in bytes, line feed included.
 pub const LINE_MAX_BYTES: usize = 4 * 1024 * 1024;
 

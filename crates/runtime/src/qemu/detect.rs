@@ -164,6 +164,11 @@ fn emulated(sentence: String) -> Result<(Accelerator, TierReason), DetectError> 
     Ok((Accelerator::Emulated { tsc_khz }, TierReason { tier: Tier::Emulated, sentence }))
 }
 
+/// Whether KVM runs guests; both answers are sentences for people. Blocks up to 30 s.
+pub(crate) fn kvm_runs_guests() -> Result<String, String> {
+    try_kvm(&BY_NAME)
+}
+
 /// Runs a guest; both answers are sentences for people.
 fn try_kvm(bar: &Bar) -> Result<String, String> {
     let device: OwnedFd = File::options()
@@ -243,7 +248,7 @@ fn measure_tsc_khz() -> io::Result<u64> {
 }
 
 /// The processor's name, for fingerprints of machines that see it.
-pub(super) fn processor() -> String {
+pub(crate) fn processor() -> String {
     let table = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = table.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     name.map_or_else(|| "unknown processor".to_owned(), |(_, name)| name.to_owned())

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::memory::MemoryFile;
 use crate::machine::{Identity, StartError};
+use crate::memory::MemoryFile;
 
 /// A file the machine's process inherits and names by its descriptor, so that its user needs the
 /// right to the file alone and not to the folders above it.

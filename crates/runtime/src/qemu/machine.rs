@@ -7,12 +7,12 @@ use std::time::Duration;
 use async_trait::async_trait;
 use serde_json::json;
 
-use super::memory::MemoryFile;
 use super::qmp::{Qmp, QmpError};
 use super::snapshot;
 use super::start::{Started, capabilities, log_tail, state_file};
 use crate::keeper::{Exit, Process};
 use crate::machine::{ControlStream, ExitCause, KillError, Machine, PauseError, SaveError};
+use crate::memory::MemoryFile;
 use crate::pages::{PageSink, SnapshotTarget};
 use crate::saved::{self, SavedFiles, Shape};
 

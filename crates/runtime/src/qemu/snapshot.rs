@@ -9,11 +9,11 @@ use serde_json::json;
 use tracing::debug;
 
 use super::machine::{Private, SAVE_LIMIT, SEAL_LIMIT, millis, refused};
-use super::memory::{Abandon, GuestMemory, MemoryFile, ReadError};
 use super::qmp::Qmp;
 use crate::draft::Draft;
 use crate::keeper::{Process, ProcessHandle};
 use crate::machine::SaveError;
+use crate::memory::{Abandon, GuestMemory, MemoryFile, ReadError};
 use crate::pages::{PageSink, SnapshotTarget};
 use crate::saved::Shape;
 
@@ -73,7 +73,7 @@ impl Copy {
     fn run(mut self) -> Result<(Draft, Box<dyn PageSink>), SaveError> {
         let bytes = GuestMemory::open(&self.process, self.memory)
             .map_err(ReadError::Memory)
-            .and_then(|memory| memory.read_private(&mut *self.sink, &self.abandoned));
+            .and_then(|memory| memory.read_private(&mut *self.sink, &|_| false, &self.abandoned));
         // Reading the memory of a process that ends is reading nothing.
         if !self.process.is_alive() {
             return Err(SaveError::Gone);

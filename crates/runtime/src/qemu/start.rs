@@ -16,14 +16,14 @@ use super::args::{
 };
 use super::files::{Handed, NewFiles, open_for};
 use super::machine::{Booted, Keeps, Private, QemuMachine};
-use super::memory::{Abandon, GuestMemory, MemoryFile};
 use super::qmp::{Qmp, QmpError};
-use super::tap;
 use crate::cgroup::Limits;
 use crate::keeper::{Launch, Process};
 use crate::machine::{BootMemory, BootSource, ControlStream, DiskExport, MachineSpec, StartError};
+use crate::memory::{Abandon, GuestMemory, MemoryFile};
 use crate::pages::{PageSource, SavedMachine};
 use crate::saved::{self, Checked, SavedFiles, Shape};
+use crate::tap;
 use belljar_domain::{MiB, Tier};
 
 /// Copying pages into a new machine: gibibytes, read from a slow disk.
@@ -245,6 +245,7 @@ async fn launch(
         args: plan.arguments(),
         inherit,
         netns,
+        root: None,
         identity: spec.identity,
         log: open_for(&log, None)
             .map_err(|source| StartError::Io { step: "open the machine's log", source })?,

@@ -30,7 +30,7 @@ const OF_FILE: u64 = 1 << 61;
 
 /// The file a machine maps as its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct MemoryFile {
+pub(crate) struct MemoryFile {
     inode: u64,
     bytes: u64,
 }
@@ -38,7 +38,7 @@ pub(super) struct MemoryFile {
 impl MemoryFile {
     /// # Errors
     /// I/O errors.
-    pub(super) fn of(file: &File) -> io::Result<MemoryFile> {
+    pub(crate) fn of(file: &File) -> io::Result<MemoryFile> {
         let metadata = file.metadata()?;
         Ok(MemoryFile { inode: metadata.ino(), bytes: metadata.len() })
     }
@@ -46,7 +46,7 @@ impl MemoryFile {
 
 /// Why pages were not passed on.
 #[derive(Debug)]
-pub(super) enum ReadError {
+pub(crate) enum ReadError {
     Memory(io::Error),
     Sink(io::Error),
     /// Nobody waits for them any more.
@@ -55,10 +55,10 @@ pub(super) enum ReadError {
 
 /// Tells a thread that nobody waits for it any more, when dropped.
 #[derive(Debug, Default)]
-pub(super) struct Abandon(Arc<AtomicBool>);
+pub(crate) struct Abandon(Arc<AtomicBool>);
 
 impl Abandon {
-    pub(super) fn flag(&self) -> Arc<AtomicBool> {
+    pub(crate) fn flag(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.0)
     }
 }
@@ -71,7 +71,7 @@ impl Drop for Abandon {
 
 /// The memory of a living process's guest.
 #[derive(Debug)]
-pub(super) struct GuestMemory {
+pub(crate) struct GuestMemory {
     memory: File,
     page_map: File,
     /// Sorted by offset, without gaps.
@@ -93,7 +93,7 @@ impl GuestMemory {
     ///
     /// # Errors
     /// I/O errors, also when the process is gone or has not mapped all of the file privately.
-    pub(super) fn open(process: &ProcessHandle, file: MemoryFile) -> io::Result<GuestMemory> {
+    pub(crate) fn open(process: &ProcessHandle, file: MemoryFile) -> io::Result<GuestMemory> {
         let pid = process.pid();
         let path = |name: &str| format!("/proc/{pid}/{name}");
         let memory = OpenOptions::new().read(true).write(true).open(path("mem"))?;
@@ -108,14 +108,15 @@ impl GuestMemory {
         Ok(GuestMemory { memory, page_map, pieces, bytes: file.bytes })
     }
 
-    /// Passes every page on that the process does not share with the file. Says how many bytes
-    /// those were.
+    /// Passes every page on that the process does not share with the file, or that `also` wants by
+    /// its number. Says how many bytes those were.
     ///
     /// # Errors
     /// [`ReadError`].
-    pub(super) fn read_private(
+    pub(crate) fn read_private(
         &self,
         sink: &mut dyn PageSink,
+        also: &dyn Fn(u64) -> bool,
         abandoned: &AtomicBool,
     ) -> Result<u64, ReadError> {
         let mut entries = vec![0; ENTRIES * ENTRY_BYTES];
@@ -131,7 +132,9 @@ impl GuestMemory {
                 self.page_map
                     .read_exact_at(entries, first * ENTRY_BYTES as u64)
                     .map_err(ReadError::Memory)?;
-                for (start, length) in private_runs(entries) {
+                for (start, length) in
+                    private_runs(entries, &|place| also((piece.offset + done) / PAGE_BYTES + place))
+                {
                     if abandoned.load(Ordering::Acquire) {
                         return Err(ReadError::Abandoned);
                     }
@@ -154,7 +157,7 @@ impl GuestMemory {
     /// # Errors
     /// I/O errors of both sides; [`io::ErrorKind::InvalidData`] for runs that are no pages of the
     /// memory.
-    pub(super) fn install(
+    pub(crate) fn install(
         &self,
         source: &dyn PageSource,
         abandoned: &AtomicBool,
@@ -188,19 +191,19 @@ impl GuestMemory {
     }
 }
 
-/// Runs of private pages in a piece of a page map: where each starts and its length, in pages, at
+/// Runs of pages, private or wanted by `also`, in a piece of a page map: where each starts and its length, in pages, at
 /// most [`RUN_BYTES`] long.
-fn private_runs(entries: &[u8]) -> impl Iterator<Item = (u64, usize)> {
+fn private_runs(entries: &[u8], also: &dyn Fn(u64) -> bool) -> impl Iterator<Item = (u64, usize)> {
     const LONGEST: usize = RUN_BYTES / PAGE_BYTES as usize;
-    let is_private = |entry: &[u8; ENTRY_BYTES]| {
-        let entry = u64::from_ne_bytes(*entry);
-        entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0
-    };
     let (entries, _) = entries.as_chunks::<ENTRY_BYTES>();
+    let is_own = move |place: usize| {
+        let entry = u64::from_ne_bytes(entries[place]);
+        (entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0) || also(place as u64)
+    };
     let mut at = 0;
     std::iter::from_fn(move || {
-        at += entries[at..].iter().position(is_private)?;
-        let run = entries[at..].iter().take(LONGEST).take_while(|entry| is_private(entry));
+        at += (at..entries.len()).position(is_own)?;
+        let run = (at..entries.len()).take(LONGEST).take_while(|place| is_own(*place));
         let (start, length) = (at, run.count());
         at += length;
         Some((start as u64, length))

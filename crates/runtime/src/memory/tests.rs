@@ -13,10 +13,16 @@ fn private_pages_are_the_present_and_swapped_ones_of_no_file() {
     let mine = PRESENT;
     let swapped = SWAPPED | 0x1234;
     let map = entries(&[0, mine, swapped, PRESENT | OF_FILE, mine, SWAPPED | OF_FILE, 0, mine]);
-    assert_eq!(private_runs(&map).collect::<Vec<_>>(), [(1, 2), (4, 1), (7, 1)]);
-    assert_eq!(private_runs(&entries(&[0, PRESENT | OF_FILE])).count(), 0);
+    assert_eq!(private_runs(&map, &|_| false).collect::<Vec<_>>(), [(1, 2), (4, 1), (7, 1)]);
+    assert_eq!(private_runs(&entries(&[0, PRESENT | OF_FILE]), &|_| false).count(), 0);
+    let also = |page| page == 3 || page == 6;
+    let wanted = [(1, 4), (6, 2)];
+    assert_eq!(private_runs(&map, &also).collect::<Vec<_>>(), wanted);
     let long = entries(&[mine; 600]);
-    assert_eq!(private_runs(&long).collect::<Vec<_>>(), [(0, 256), (256, 256), (512, 88)]);
+    assert_eq!(
+        private_runs(&long, &|_| false).collect::<Vec<_>>(),
+        [(0, 256), (256, 256), (512, 88)]
+    );
 }
 
 #[test]

@@ -153,6 +153,8 @@ pub(crate) struct HostOptions {
     /// How sandboxes are isolated.
     #[arg(long, env = "BELLJAR_RUNTIME", value_enum, default_value_t = RuntimeChoice::Auto)]
     pub(crate) runtime: RuntimeChoice,
+    #[command(flatten)]
+    pub(crate) firecracker: FirecrackerOptions,
     /// Most sandboxes at once.
     #[arg(long, env = "BELLJAR_SANDBOXES_MAX", default_value_t = 100, value_name = "N")]
     pub(crate) sandboxes_max: u16,
@@ -178,6 +180,23 @@ pub(crate) struct HostOptions {
     pub(crate) blobs: Option<BlobPlace>,
 }
 
+/// Which Firecracker, where it is used.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct FirecrackerOptions {
+    /// Programs of Firecracker releases (1.10 or later), separated by commas: the first starts
+    /// templates, and each restores what it saved.
+    #[arg(
+        long = "firecracker",
+        env = "BELLJAR_FIRECRACKER",
+        value_name = "PATH",
+        value_delimiter = ','
+    )]
+    pub(crate) programs: Vec<PathBuf>,
+    /// A processor template in Firecracker's format, for a fleet of several kinds of processors.
+    #[arg(long = "cpu-template", env = "BELLJAR_CPU_TEMPLATE", value_name = "FILE")]
+    pub(crate) cpu_template: Option<PathBuf>,
+}
+
 /// How sandboxes are isolated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum RuntimeChoice {
@@ -185,6 +204,8 @@ pub(crate) enum RuntimeChoice {
     Auto,
     /// QEMU with an emulated CPU, even where KVM works.
     Emulated,
+    /// Firecracker on KVM: name its program with `--firecracker`.
+    Firecracker,
     /// No isolation and no real guest: for trying the API without root.
     Fake,
 }
@@ -194,6 +215,8 @@ pub(crate) struct Doctor {
     /// Do what can be done: install packages and make folders.
     #[arg(long)]
     pub(crate) fix: bool,
+    #[command(flatten)]
+    pub(crate) firecracker: FirecrackerOptions,
 }
 
 /// How bad a line is.
@@ -294,6 +317,8 @@ pub(crate) struct TemplateBuild {
     /// How the template's machine is isolated; sandboxes run the same way.
     #[arg(long, env = "BELLJAR_RUNTIME", value_enum, default_value_t = RuntimeChoice::Auto)]
     pub(crate) runtime: RuntimeChoice,
+    #[command(flatten)]
+    pub(crate) firecracker: FirecrackerOptions,
     /// Build even when an equal template is there.
     #[arg(long)]
     pub(crate) force: bool,

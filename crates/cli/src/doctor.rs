@@ -6,11 +6,13 @@ use std::process::{Command, ExitCode};
 
 use anyhow::Result;
 use belljar_domain::{MiB, Tier};
-use belljar_runtime::Runtime as _;
+use belljar_runtime::firecracker::{DetectError as FirecrackerError, try_kvm};
 use belljar_runtime::qemu::{DetectError, QemuConfig, QemuRuntime, TierReason};
+use belljar_runtime::{FirecrackerRuntime, Runtime as _};
 use serde::Serialize;
 
-use crate::args::Doctor;
+use crate::args::{Doctor, FirecrackerOptions};
+use crate::host::firecracker_config;
 use crate::output;
 use crate::preset::Local;
 use crate::server_file::Server;
@@ -68,6 +70,7 @@ pub(crate) async fn run(local: &Local, options: &Doctor, as_json: bool) -> Resul
     // Once: the driver times a small machine, which takes a second where KVM is of no use.
     let driver = QemuRuntime::detect(QemuConfig::default()).await;
     checks.push(check_isolation(&driver));
+    checks.extend(check_firecracker(&options.firecracker).await);
     checks.push(check_tun());
     checks.push(check_forwarding(local, options.fix));
     checks.push(check_disk(&local.data_dir));
@@ -168,6 +171,33 @@ fn check_isolation(driver: &Driver) -> Check {
              adds that source and installs it",
         ),
     }
+}
+
+/// The releases that are named, if any is.
+async fn check_firecracker(options: &FirecrackerOptions) -> Option<Check> {
+    const NAME: &str = "firecracker";
+    if options.programs.is_empty() {
+        return None;
+    }
+    let found = match FirecrackerRuntime::detect(firecracker_config(options)).await {
+        Ok(runtime) => try_kvm().await.map(|kvm| (runtime.versions().join(", "), kvm)),
+        Err(e) => Err(e),
+    };
+    Some(match found {
+        Ok((versions, kvm)) => Check::ok(NAME, format!("{versions}; {kvm}")),
+        Err(e @ FirecrackerError::NoKvm { .. }) => Check::bad(
+            NAME,
+            Status::Fail,
+            format!("failed to {e}"),
+            "run on a host whose KVM runs guests; without one, leave --runtime firecracker away",
+        ),
+        Err(e) => Check::bad(
+            NAME,
+            Status::Fail,
+            format!("failed to {e}"),
+            "name stock releases, 1.10 or later, in --firecracker or BELLJAR_FIRECRACKER, as root",
+        ),
+    })
 }
 
 fn check_tun() -> Check {

@@ -9,13 +9,14 @@ use anyhow::{Context as _, Result, anyhow};
 use belljar_daemon::clock::Clock;
 use belljar_daemon::{OnError, Scope};
 use belljar_network::{FakeSlots, OpenError, SlotPool, Slots, SlotsConfig};
-use belljar_runtime::Runtime;
 use belljar_runtime::fake::FakeRuntime;
+use belljar_runtime::firecracker::try_kvm;
 use belljar_runtime::qemu::{Acceleration, QemuConfig, QemuRuntime};
+use belljar_runtime::{FirecrackerConfig, FirecrackerRuntime, Runtime};
 use belljar_sandbox::template::reclaim_drafts;
 use belljar_sandbox::{Deps, Sandboxes};
 
-use crate::args::{HostOptions, RuntimeChoice, plan_warm};
+use crate::args::{FirecrackerOptions, HostOptions, RuntimeChoice, plan_warm};
 use crate::blob::{self, AwsEnv};
 use crate::output;
 use crate::preset::{Local, SlotRange};
@@ -52,7 +53,7 @@ impl Host {
         std::fs::create_dir_all(&templates)
             .with_context(|| format!("failed to make {}", templates.display()))?;
         reclaim_drafts(&templates).context("failed to remove what a killed build left")?;
-        let isolation = isolate(options.runtime).await?;
+        let isolation = isolate(options.runtime, &options.firecracker).await?;
         let archive = match options.blobs.clone() {
             Some(place) => {
                 let local = local.clone();
@@ -139,8 +140,12 @@ impl Host {
 }
 
 /// Picks the isolation driver. Also used when a template is built, so both agree.
-pub(crate) async fn isolate(choice: RuntimeChoice) -> Result<Isolation> {
+pub(crate) async fn isolate(
+    choice: RuntimeChoice,
+    firecracker: &FirecrackerOptions,
+) -> Result<Isolation> {
     let config = match choice {
+        RuntimeChoice::Firecracker => return isolate_by_firecracker(firecracker).await,
         RuntimeChoice::Auto => QemuConfig::default(),
         RuntimeChoice::Emulated => {
             QemuConfig { acceleration: Acceleration::Emulated, ..QemuConfig::default() }
@@ -157,6 +162,31 @@ pub(crate) async fn isolate(choice: RuntimeChoice) -> Result<Isolation> {
         .context("failed to find a way to run machines; `belljar doctor` says what is missing")?;
     let reason = format!("{}; limits by {}", reason.sentence, runtime.limited_by());
     Ok(Isolation { runtime: Arc::new(runtime), reason })
+}
+
+async fn isolate_by_firecracker(options: &FirecrackerOptions) -> Result<Isolation> {
+    const FAILED: &str = "failed to find a way to run Firecracker; `belljar doctor` says what is \
+                          missing";
+    if options.programs.is_empty() {
+        return Err(anyhow!(
+            "`--runtime firecracker` needs a program: name one with --firecracker PATH or \
+             BELLJAR_FIRECRACKER"
+        ));
+    }
+    let config = firecracker_config(options);
+    let runtime = FirecrackerRuntime::detect(config).await.context(FAILED)?;
+    let kvm = try_kvm().await.context(FAILED)?;
+    let (versions, limits) = (runtime.versions().join(", "), runtime.limited_by());
+    let reason = format!("{kvm}; Firecracker {versions}; limits by {limits}");
+    Ok(Isolation { runtime: Arc::new(runtime), reason })
+}
+
+/// What the driver is told.
+pub(crate) fn firecracker_config(options: &FirecrackerOptions) -> FirecrackerConfig {
+    FirecrackerConfig {
+        cpu_template: options.cpu_template.clone(),
+        ..FirecrackerConfig::new(options.programs.clone())
+    }
 }
 
 async fn open_slots(
@@ -216,5 +246,23 @@ pub(crate) fn remove_run_dirs(local: &Local) {
         if let Err(e) = std::fs::remove_dir(dir) {
             tracing::debug!(dir = %dir.display(), error = %e, "the run folder stays");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn firecracker_needs_a_program_that_is_one() {
+        let options = |programs| FirecrackerOptions { programs, cpu_template: None };
+        let said = async |programs| {
+            let isolated = isolate(RuntimeChoice::Firecracker, &options(programs)).await;
+            format!("{:#}", isolated.err().expect("no Firecracker was named"))
+        };
+        let none = said(Vec::new()).await;
+        assert!(none.contains("--firecracker") && none.contains("BELLJAR_FIRECRACKER"), "{none}");
+        let missing = said(vec!["/nonexistent/firecracker".into()]).await;
+        assert!(missing.contains("/nonexistent") || missing.contains("root"), "{missing}");
     }
 }

@@ -147,7 +147,9 @@ impl Local {
             limits: limits(options),
             metrics: match options.runtime {
                 RuntimeChoice::Fake => MetricsFrom::Made(FAKE_FIGURES),
-                RuntimeChoice::Auto | RuntimeChoice::Emulated => MetricsFrom::Guests,
+                RuntimeChoice::Auto | RuntimeChoice::Emulated | RuntimeChoice::Firecracker => {
+                    MetricsFrom::Guests
+                }
             },
             ready_deadline: Duration::from_secs(30),
             teardown_step_deadline: Duration::from_secs(15),

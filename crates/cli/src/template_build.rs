@@ -126,7 +126,7 @@ async fn build_unless_equal(
     options: &TemplateBuild,
     steps: &Steps,
 ) -> Result<(Template, bool)> {
-    let isolation = isolate(options.runtime).await?;
+    let isolation = isolate(options.runtime, &options.firecracker).await?;
     let (kernel, rootfs) = (options.kernel.clone(), options.rootfs.clone());
     let (vcpus, memory) = (Vcpus(options.cpus), MiB(options.memory_mib));
     let fingerprint = isolation.runtime.fingerprint();
@@ -201,7 +201,7 @@ async fn open_slots(
 ) -> Result<(Arc<dyn Slots>, SlotRange)> {
     match runtime {
         RuntimeChoice::Fake => Ok((Arc::new(FakeSlots::new(BUILD_SLOTS)), local.first_range())),
-        RuntimeChoice::Auto | RuntimeChoice::Emulated => {
+        RuntimeChoice::Auto | RuntimeChoice::Emulated | RuntimeChoice::Firecracker => {
             let (pool, range) = open_slot_pool(local, (BUILD_SLOTS, BUILD_SLOTS), scope).await?;
             Ok((Arc::new(pool), range))
         }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use belljar_blockstore::LayerStore;
 use belljar_domain::BuildId;
+use belljar_runtime::Runtime;
 use tracing::warn;
 
 use crate::registry::{OpenError, chain};
@@ -23,7 +24,7 @@ pub(crate) struct Ready {
 pub(crate) fn load_templates(
     dir: &Path,
     layers: &LayerStore,
-    fingerprint: &str,
+    runtime: &dyn Runtime,
 ) -> Result<(HashMap<BuildId, Ready>, Vec<Template>), OpenError> {
     let templates = load_each(dir).map_err(|source| OpenError::Records { source })?;
     let mut ready = HashMap::new();
@@ -36,7 +37,7 @@ pub(crate) fn load_templates(
                 continue;
             }
         };
-        if template.meta.fingerprint != fingerprint {
+        if !runtime.restores(&template.meta.fingerprint) {
             unusable.push(template);
             continue;
         }

@@ -167,12 +167,10 @@ impl Sandboxes {
             .map_err(|source| OpenError::Dir { path: settings.untold_dir.clone(), source })?;
         let layers =
             LayerStore::open(&settings.data_dir).map_err(|source| OpenError::Layers { source })?;
-        let fingerprint = deps.runtime.fingerprint();
-        let (templates, unusable) = load_templates(&templates_dir, &layers, &fingerprint)?;
+        let (templates, unusable) = load_templates(&templates_dir, &layers, &*deps.runtime)?;
         let (keepers, unstarted) = Keepers::plan(&settings.warm, &templates)?;
-        let driver = (fingerprint, deps.runtime.tier());
         let store = deps.archive.as_ref().map(|archive| archive.store_name());
-        let shelf = Shelf::open(snapshots_dir, layers, driver, store)
+        let shelf = Shelf::open(snapshots_dir, layers, deps.runtime.clone(), store)
             .map_err(|source| OpenError::Records { source })?;
         let paused = shelf.paused_runs();
         let reclaimed = reclaim(&ledger, &untold, &paused, &settings, &deps).await?;

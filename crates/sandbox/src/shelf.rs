@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use belljar_blockstore::{LayerName, LayerStore, LayeredImage};
 use belljar_domain::{BuildId, ExecutionId, Tier};
+use belljar_runtime::Runtime;
 use marks::Marks;
 use tokio::sync::Notify;
 use tracing::{info, warn};
@@ -63,7 +64,7 @@ struct Inner {
     layers: LayerStore,
     /// What the driver can restore.
     fingerprint: String,
-    tier: Tier,
+    runtime: Arc<dyn Runtime>,
     // Held for look-ups and single changes only.
     known: Mutex<BTreeMap<BuildId, Arc<Source>>>,
     /// Held while layers are swept: one at a time is enough.
@@ -86,7 +87,7 @@ impl Shelf {
     pub(crate) fn open(
         dir: PathBuf,
         layers: LayerStore,
-        (fingerprint, tier): (String, Tier),
+        runtime: Arc<dyn Runtime>,
         store: Option<&str>,
     ) -> Result<Shelf, RecordError> {
         snapshot::reclaim(&dir)?;
@@ -111,8 +112,8 @@ impl Shelf {
             news: Notify::new(),
             dir,
             layers,
-            fingerprint,
-            tier,
+            fingerprint: runtime.fingerprint(),
+            runtime,
             known: Mutex::new(known),
             sweeping: Mutex::new(()),
             blind,
@@ -127,7 +128,7 @@ impl Shelf {
     }
 
     pub(crate) fn tier(&self) -> Tier {
-        self.inner.tier
+        self.inner.runtime.tier()
     }
 
     pub(crate) fn fingerprint(&self) -> &str {
@@ -210,7 +211,8 @@ impl Shelf {
     /// Whether this host's driver can start from it.
     pub(crate) fn fits(&self, source: &Source) -> bool {
         let meta = source.snapshot.as_ref();
-        source.saved.is_none() || meta.is_none_or(|meta| meta.fingerprint == self.inner.fingerprint)
+        source.saved.is_none()
+            || meta.is_none_or(|meta| self.inner.runtime.restores(&meta.fingerprint))
     }
 
     /// Snapshots whose ids come after `after`, in the order of their ids.

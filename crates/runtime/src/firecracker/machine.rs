@@ -1,6 +1,7 @@
 //! One Firecracker machine: freezing, saving, watching and killing it.
 
 use std::fs::File;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -70,6 +71,8 @@ pub(super) struct FirecrackerMachine {
     control: Option<ControlStream>,
     cut: Cut,
     keeps: Keeps,
+    /// Its disk, where that is a block device: what the host holds back of it is written when it freezes.
+    disk: Option<Arc<File>>,
     /// Serves its memory.
     _handler: Option<Box<dyn Send + Sync>>,
     _jail: Jail,
@@ -86,7 +89,7 @@ impl FirecrackerMachine {
         name: String,
         (process, api, collected, jail): (Process, Api, Collected, Jail),
         (control, cut): (ControlStream, Cut),
-        keeps: Keeps,
+        (keeps, disk): (Keeps, Option<File>),
         handler: Option<Box<dyn Send + Sync>>,
         limit: Duration,
     ) -> FirecrackerMachine {
@@ -98,6 +101,7 @@ impl FirecrackerMachine {
             control: Some(control),
             cut,
             keeps,
+            disk: disk.map(Arc::new),
             _handler: handler,
             _jail: jail,
             limit: limit.max(PAUSE_LIMIT),
@@ -183,7 +187,12 @@ impl Machine for FirecrackerMachine {
     }
 
     async fn freeze(&mut self) -> Result<(), PauseError> {
-        self.become_state(RunState::Paused).await
+        self.become_state(RunState::Paused).await?;
+        let Some(disk) = self.disk.clone() else { return Ok(()) };
+        let refused = |e: std::io::Error| PauseError::Refused { answer: format!("its disk: {e}") };
+        let writing = tokio::task::spawn_blocking(move || disk.sync_data());
+        let written = tokio::time::timeout(SAVE_LIMIT, writing).await;
+        written.map_err(|e| refused(e.into()))?.map_err(|e| refused(e.into()))?.map_err(refused)
     }
 
     async fn thaw(&mut self) -> Result<(), PauseError> {

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -301,17 +301,21 @@ async fn finish(
     handler: Option<Box<dyn Send + Sync>>,
 ) -> Result<FirecrackerMachine, StartError> {
     let Running { mut process, api, collected, door, jail } = running;
-    match door.channel(&jail, &process.handle()) {
-        Ok((stream, cut)) => {
+    let opened = door
+        .channel(&jail, &process.handle())
+        .and_then(|channel| Ok((channel, block_device(&spec.root_disk)?)));
+    match opened {
+        Ok(((stream, cut), disk)) => {
             let control = (Box::new(stream) as _, cut);
             let limit = runtime.config.step_limit;
             let parts = (process, api, collected, jail);
+            let keeps = (keeps, disk);
             Ok(FirecrackerMachine::new(spec.name, parts, control, keeps, handler, limit))
         }
         Err(source) => {
             process.kill();
             process.wait().await;
-            Err(StartError::Io { step: "open the guest's socket device", source })
+            Err(StartError::Io { step: "open the guest's socket device and disk", source })
         }
     }
 }
@@ -366,6 +370,13 @@ fn pick_disk(exports: &[DiskExport]) -> Result<&Path, StartError> {
         DiskExport::NbdSocket(_) => None,
     });
     file.ok_or(StartError::NoUsableDisk { takes: "a raw file or a block device" })
+}
+
+/// The disk, if it is a block device: a file's pages are the same for all who read it.
+fn block_device(exports: &[DiskExport]) -> io::Result<Option<File>> {
+    let path = pick_disk(exports).map_err(io::Error::other)?;
+    let is_device = fs::metadata(path)?.file_type().is_block_device();
+    is_device.then(|| File::open(path)).transpose()
 }
 
 /// New files of a machine that will be saved; removed again unless it starts.

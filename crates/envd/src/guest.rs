@@ -5,6 +5,8 @@ mod cmdline;
 pub mod control;
 pub mod disks;
 mod identity;
+mod knock;
+mod lines;
 mod mounts;
 mod network;
 mod outbox;

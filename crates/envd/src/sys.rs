@@ -7,7 +7,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 use std::sync::{Arc, OnceLock};
@@ -173,6 +173,80 @@ fn check(outcome: libc::c_long) -> io::Result<()> {
 pub(crate) fn watch_descriptor(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd is valid for as long as it lives, and nothing replaces it in there.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
+}
+
+/// The host's number among peers of the socket device.
+const HOST_CID: libc::c_uint = 2;
+/// How many hosts may wait: there is one.
+const BACKLOG: libc::c_int = 4;
+
+/// Listens for the host on the machine's socket device, without blocking.
+///
+/// # Errors
+/// As `socket(2)`, `bind(2)` and `listen(2)`: `EAFNOSUPPORT` where the kernel has no such sockets.
+pub(crate) fn listen_for_host(port: u32) -> io::Result<OwnedFd> {
+    let socket = host_socket(libc::SOCK_NONBLOCK)?;
+    let address = host_address(libc::VMADDR_CID_ANY, port);
+    // SAFETY: the structure and its length belong together, and outlive the call.
+    unsafe {
+        check(libc::bind(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_BYTES).into())?;
+        check(libc::listen(socket.as_raw_fd(), BACKLOG).into())?;
+    }
+    Ok(socket)
+}
+
+/// Takes a connection of such a socket, without blocking; one that is not the host's is closed.
+///
+/// # Errors
+/// As `accept4(2)`; `ConnectionRefused` for another peer.
+pub(crate) fn accept_host(listener: &OwnedFd) -> io::Result<OwnedFd> {
+    let mut peer = host_address(0, 0);
+    let mut bytes = ADDRESS_BYTES;
+    let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: the kernel writes an address of at most `bytes`, which is its size.
+    let fd = unsafe {
+        libc::accept4(listener.as_raw_fd(), (&raw mut peer).cast(), &raw mut bytes, flags)
+    };
+    check(fd.into())?;
+    // SAFETY: the call has just made it, and nobody else knows of it.
+    let connection = unsafe { OwnedFd::from_raw_fd(fd) };
+    if peer.svm_cid == HOST_CID {
+        Ok(connection)
+    } else {
+        Err(io::ErrorKind::ConnectionRefused.into())
+    }
+}
+
+/// Connects to a port of the host and hangs up. Blocks up to two seconds.
+///
+/// # Errors
+/// As `connect(2)`.
+pub(crate) fn knock_at_host(port: u32) -> io::Result<()> {
+    let socket = host_socket(0)?;
+    let address = host_address(HOST_CID, port);
+    // SAFETY: the structure and its length belong together, and outlive the call.
+    let outcome =
+        unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_BYTES) };
+    check(outcome.into())
+}
+
+const ADDRESS_BYTES: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+
+fn host_address(cid: libc::c_uint, port: u32) -> libc::sockaddr_vm {
+    // SAFETY: all-zero bytes are a valid sockaddr_vm.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    (address.svm_cid, address.svm_port) = (cid, port);
+    address
+}
+
+fn host_socket(flags: libc::c_int) -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | flags;
+    // SAFETY: plain numbers.
+    let fd = unsafe { libc::socket(libc::AF_VSOCK, kind, 0) };
+    check(fd.into())?;
+    // SAFETY: the call has just made it, and nobody else knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Brings an IPv4 interface up, with an address and netmask when given.

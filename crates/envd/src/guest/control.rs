@@ -1,4 +1,5 @@
-//! The host's control port: a virtio-serial port that carries `wire::guest` lines.
+//! The host's control port: a virtio-serial port that carries `wire::guest` lines, or a connection
+//! over the machine's socket device where it has no such port.
 //!
 //! A thread of its own waits on the port, so that an init message right after a restore is
 //! answered whatever the rest of the daemon does. It waits for *edges*: a port whose host side is
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use belljar_domain::Secret;
 use belljar_wire::ENVD_VERSION;
-use belljar_wire::guest::{self, FromGuest, Init, LINE_MAX_BYTES, PORT_NAME, ToGuest};
+use belljar_wire::guest::{self, FromGuest, Init, PORT_NAME, ToGuest};
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::fs::{Mode, OFlags};
@@ -22,8 +23,9 @@ use rustix::process::Signal;
 use rustix::time::Timespec;
 
 use super::identity::{IdentityFiles, Names};
+use super::lines::Lines;
 use super::outbox::Outbox;
-use super::{IDENTITY_DIR, log_failure, reboot, set_clock};
+use super::{IDENTITY_DIR, knock, log_failure, reboot, set_clock};
 use crate::children;
 use crate::process::log_tap::LogTap;
 use crate::state::{NewIdentity, State};
@@ -52,35 +54,80 @@ pub fn start(state: Arc<State>) -> io::Result<()> {
         .name("control".to_owned())
         .stack_size(256 * 1024)
         .spawn(move || {
-            let mut first = true;
-            while let Some(path) = find_port(Path::new("/sys/class/virtio-ports")) {
-                let outcome = Port::open(&path, &state.logs).and_then(|mut port| {
-                    if std::mem::take(&mut first) {
-                        port.outbox
-                            .say(&FromGuest::Booted { envd_version: ENVD_VERSION.to_owned() });
-                    }
-                    port.serve(&state)
-                });
-                if let Err(error) = outcome {
-                    tracing::warn!(%error, "failed to use the control port; opening it again");
-                    pause(RETRY_PAUSE);
-                }
-            }
+            let outcome = match find_port(Path::new("/sys/class/virtio-ports")) {
+                Some(Found::Port) => serve_port(&state),
+                Some(Found::SocketDevice) => serve_socket(&state),
+                None => Ok(()),
+            };
+            log_failure("listen for the host", outcome);
             tracing::warn!("the machine has no control port");
         })
         .map(drop)
 }
 
+fn booted() -> FromGuest {
+    FromGuest::Booted { envd_version: ENVD_VERSION.to_owned() }
+}
+
+/// Serves the port for as long as there is one.
+fn serve_port(state: &State) -> io::Result<()> {
+    let mut first = true;
+    while let Some(path) = port_path(Path::new("/sys/class/virtio-ports")) {
+        let outcome = Port::open(&path, &state.logs).and_then(|mut port| {
+            if std::mem::take(&mut first) {
+                port.outbox.say(&booted());
+            }
+            port.serve(state)
+        });
+        if let Err(error) = outcome {
+            tracing::warn!(%error, "failed to use the control port; opening it again");
+            pause(RETRY_PAUSE);
+        }
+    }
+    Ok(())
+}
+
+/// Serves the host over the socket device, one connection after the other.
+fn serve_socket(state: &State) -> io::Result<()> {
+    let door = knock::Door::open()?;
+    let mut first = true;
+    loop {
+        let mut port = Port::over(door.call_in()?, Transport::Socket, &state.logs)?;
+        if std::mem::take(&mut first) {
+            port.outbox.say(&booted());
+        }
+        // A connection ends with every run of the machine.
+        if let Err(error) = port.serve(state) {
+            tracing::debug!(%error, "the host's connection ended");
+        }
+    }
+}
+
+/// How the host is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Transport {
+    /// A read of nothing means that the host is not there now.
+    Serial,
+    /// A read of nothing is the end.
+    Socket,
+}
+
+/// What the machine has for the host.
+#[derive(Debug, PartialEq, Eq)]
+enum Found {
+    Port,
+    SocketDevice,
+}
+
 /// Waits for the port to appear: the kernel learns its name from the host some time after boot.
-fn find_port(class: &Path) -> Option<PathBuf> {
+fn find_port(class: &Path) -> Option<Found> {
     let mut waited = Duration::ZERO;
     loop {
-        let entries = std::fs::read_dir(class).into_iter().flatten().flatten();
-        for entry in entries {
-            let name = std::fs::read_to_string(entry.path().join("name")).unwrap_or_default();
-            if name.trim_end() == PORT_NAME {
-                return Some(Path::new("/dev").join(entry.file_name()));
-            }
+        if port_path(class).is_some() {
+            return Some(Found::Port);
+        }
+        if knock::is_only_way(Path::new(knock::DRIVERS)) {
+            return Some(Found::SocketDevice);
         }
         if waited >= SEARCH_LIMIT {
             return None;
@@ -88,6 +135,18 @@ fn find_port(class: &Path) -> Option<PathBuf> {
         pause(SEARCH_PAUSE);
         waited += SEARCH_PAUSE;
     }
+}
+
+/// The port's device, when it is there.
+fn port_path(class: &Path) -> Option<PathBuf> {
+    let entries = std::fs::read_dir(class).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| {
+            let name = std::fs::read_to_string(entry.path().join("name")).unwrap_or_default();
+            name.trim_end() == PORT_NAME
+        })
+        .map(|entry| Path::new("/dev").join(entry.file_name()))
+        .next()
 }
 
 #[expect(
@@ -100,6 +159,7 @@ fn pause(length: Duration) {
 
 struct Port {
     device: OwnedFd,
+    transport: Transport,
     edges: OwnedFd,
     lines: Lines,
     outbox: Outbox,
@@ -109,13 +169,18 @@ struct Port {
 impl Port {
     fn open(path: &Path, logs: &LogTap) -> io::Result<Port> {
         let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
-        let device = rustix::fs::open(path, flags, Mode::empty())?;
+        Port::over(rustix::fs::open(path, flags, Mode::empty())?, Transport::Serial, logs)
+    }
+
+    /// Over a descriptor that does not block.
+    fn over(device: OwnedFd, transport: Transport, logs: &LogTap) -> io::Result<Port> {
         let edges = epoll::create(CreateFlags::CLOEXEC)?;
         let both_ways = EventFlags::IN | EventFlags::OUT | EventFlags::ET;
         epoll::add(&edges, &device, EventData::new_u64(0), both_ways)?;
         epoll::add(&edges, logs.alarm()?, EventData::new_u64(1), EventFlags::IN | EventFlags::ET)?;
         let identity = IdentityFiles::new(Path::new(IDENTITY_DIR));
-        Ok(Port { device, edges, lines: Lines::default(), outbox: Outbox::default(), identity })
+        let (lines, outbox) = (Lines::default(), Outbox::default());
+        Ok(Port { device, transport, edges, lines, outbox, identity })
     }
 
     /// Obeys the host until the port is gone.
@@ -154,7 +219,10 @@ impl Port {
                     // and logs are for whoever listens.
                     self.lines.clear();
                     logs.clear();
-                    Ok(None)
+                    match self.transport {
+                        Transport::Serial => Ok(None),
+                        Transport::Socket => Err(io::ErrorKind::UnexpectedEof.into()),
+                    }
                 }
                 Ok(_) => Ok(Some(bytes)),
                 Err(Errno::AGAIN) => Ok(None),
@@ -167,48 +235,6 @@ impl Port {
     /// Writes what the host takes now; the rest waits for the next edge.
     fn flush(&mut self, logs: &LogTap) -> io::Result<()> {
         Ok(self.outbox.flush(logs, |bytes| rustix::io::write(&self.device, bytes))?)
-    }
-}
-
-/// Cuts a stream of bytes into lines of bounded length.
-#[derive(Default)]
-struct Lines {
-    bytes: Vec<u8>,
-    /// Bytes known to hold no line feed.
-    scanned: usize,
-    /// The rest of a line that was too long is being thrown away.
-    skipping: bool,
-}
-
-impl Lines {
-    fn push(&mut self, bytes: &[u8]) {
-        self.bytes.extend_from_slice(bytes);
-    }
-
-    fn clear(&mut self) {
-        *self = Lines::default();
-    }
-
-    fn next(&mut self) -> Option<Vec<u8>> {
-        loop {
-            let fresh = self.bytes.get(self.scanned..).unwrap_or_default();
-            let Some(at) = fresh.iter().position(|byte| *byte == b'\n') else {
-                self.scanned = self.bytes.len();
-                if self.bytes.len() > LINE_MAX_BYTES {
-                    tracing::warn!("the host sent a line that is too long; skipping it");
-                    self.skipping = true;
-                    self.bytes.clear();
-                    self.scanned = 0;
-                }
-                return None;
-            };
-            let rest = self.bytes.split_off(self.scanned + at + 1);
-            let line = std::mem::replace(&mut self.bytes, rest);
-            self.scanned = 0;
-            if !std::mem::take(&mut self.skipping) {
-                return Some(line);
-            }
-        }
     }
 }
 
@@ -320,34 +346,6 @@ mod tests {
     use crate::state::{Settings, TokenCheck};
 
     #[test]
-    fn lines_are_cut_wherever_the_pieces_end() {
-        let mut lines = Lines::default();
-        let mut seen = Vec::new();
-        for piece in ["a", "b\nc", "", "d\n\ne", "f"] {
-            lines.push(piece.as_bytes());
-            while let Some(line) = lines.next() {
-                seen.push(String::from_utf8(line).expect("text"));
-            }
-        }
-        assert_eq!(seen, ["ab\n", "cd\n", "\n"]);
-        lines.clear();
-        lines.push(b"g\n");
-        assert_eq!(lines.next().as_deref(), Some(&b"g\n"[..]));
-    }
-
-    #[test]
-    fn a_line_that_is_too_long_is_skipped_and_the_next_is_read() {
-        let mut lines = Lines::default();
-        for _ in 0..5 {
-            lines.push(&vec![b'x'; LINE_MAX_BYTES / 4 + 1]);
-            assert_eq!(lines.next(), None);
-        }
-        lines.push(b"tail\nnext\n");
-        assert_eq!(lines.next().as_deref(), Some(&b"next\n"[..]));
-        assert_eq!(lines.next(), None);
-    }
-
-    #[test]
     fn an_init_line_is_applied_and_answered_with_its_nonce() {
         let state = State::new(Settings::on_host("root"));
         let init = Init {
@@ -429,6 +427,7 @@ mod tests {
             std::fs::write(class.path().join(port).join("name"), format!("{name}\n"))
                 .expect("written");
         }
-        assert_eq!(find_port(class.path()), Some(PathBuf::from("/dev/vport0p2")));
+        assert_eq!(port_path(class.path()), Some(PathBuf::from("/dev/vport0p2")));
+        assert_eq!(find_port(class.path()), Some(Found::Port));
     }
 }

@@ -136,7 +136,8 @@ impl Live {
             let _heard = inner.apply_as(id, Event::PauseHeard, None).is_some();
             return Heard::NotHere;
         }
-        let is_known = started.phase == Phase::Paused;
+        // Told twice, by a call's answer and by the node's stream: the second may find it resuming.
+        let is_known = !started.phase.has_run();
         if started.sandbox.execution != *execution || is_known {
             return Heard::NotHere;
         }

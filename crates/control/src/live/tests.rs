@@ -381,6 +381,24 @@ fn a_resumed_run_that_ends_before_its_answer_is_not_shown() {
 }
 
 #[test]
+fn a_pause_that_is_told_twice_disturbs_no_resume() {
+    let (live, team) = (Arc::new(Live::default()), team());
+    let s = add(&live, &team);
+    let kept = saved(1_500);
+    let paused = pause(&live, &team, &s, &kept);
+    let again = || live.paused(&s.id, &s.execution, Arc::clone(&kept));
+    assert!(matches!(again(), Heard::NotHere));
+    let slot = place(&live, &team, 1).expect("a free place");
+    let execution = ExecutionId::random();
+    assert!(live.begin_resume(&paused, &execution));
+    assert!(matches!(again(), Heard::NotHere));
+    let run = Arc::new(Sandbox { execution, asleep_since: None, ..(*paused).clone() });
+    assert!(live.resumed(slot, &run));
+    assert!(matches!(again(), Heard::NotHere));
+    assert_eq!(live.find_running(&s.id, &team, NOW), Some(run));
+}
+
+#[test]
 fn what_was_missing_and_turns_out_to_be_paused_is_not_lost() {
     let (live, team) = (Arc::new(Live::default()), team());
     let s = add(&live, &team);

@@ -69,8 +69,9 @@ struct Inner {
     known: Mutex<BTreeMap<BuildId, Arc<Source>>>,
     /// Held while layers are swept: one at a time is enough.
     sweeping: Mutex<()>,
-    /// Whether there is a snapshot whose layers are not known, so that none may go.
-    blind: bool,
+    /// What snapshots are made of that cannot be used, perhaps until somebody mends them. `None` when that is
+    /// not known of one, so that no layer may go.
+    spared: Option<HashSet<LayerName>>,
     marks: Marks,
     /// Told when there may be something to do for the blob store.
     news: Notify,
@@ -91,19 +92,15 @@ impl Shelf {
         store: Option<&str>,
     ) -> Result<Shelf, RecordError> {
         snapshot::reclaim(&dir)?;
-        let (mut known, mut blind) = (BTreeMap::new(), false);
+        let (mut known, mut spared) = (BTreeMap::new(), Some(HashSet::new()));
         for folder in snapshot::folders(&dir)? {
             let source = snapshot::load(&folder)
                 .map_err(|e| chain(&e))
                 .and_then(|meta| open_source(&folder, meta, &layers).map_err(|e| chain(&e)));
             match source {
                 Ok(source) => drop(known.insert(source.build_id.clone(), Arc::new(source))),
-                Err(error) => {
-                    // A damaged one must not keep the others from being used, nor be made worse.
-                    let folder = folder.display();
-                    warn!(%folder, error, "a snapshot cannot be read: passed over, and no layer is removed");
-                    blind = true;
-                }
+                // One that is damaged must not keep the others from being used, nor be made worse.
+                Err(error) => spared = spare(spared, &folder, &error),
             }
         }
         let marks = Marks::open(&dir, known.keys(), store)?;
@@ -116,7 +113,7 @@ impl Shelf {
             runtime,
             known: Mutex::new(known),
             sweeping: Mutex::new(()),
-            blind,
+            spared,
         };
         let shelf = Shelf { inner: Arc::new(inner) };
         shelf.sweep();
@@ -250,15 +247,14 @@ impl Shelf {
 
     /// Removes layers that no snapshot is made of and nothing that runs has open. Blocks on file I/O.
     pub(crate) fn sweep(&self) {
-        if self.inner.blind {
-            return;
-        }
+        let Some(spared) = &self.inner.spared else { return };
         // The lock guards no memory: a panic in another sweep left nothing half done here.
         let _turn = self.inner.sweeping.lock().unwrap_or_else(PoisonError::into_inner);
         let reachable: HashSet<LayerName> = self
             .known()
             .values()
             .flat_map(|source| source.layers().cloned().collect::<Vec<_>>())
+            .chain(spared.iter().cloned())
             .collect();
         if let Err(e) = self.inner.layers.sweep(&reachable) {
             warn!(error = %chain(&e), "layers nobody uses stay until the next sweep");
@@ -269,6 +265,27 @@ impl Shelf {
         // A panic while it was held left at most one snapshot out: the map itself is whole.
         self.inner.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Adds what the snapshot in `folder`, which cannot be used, is made of.
+fn spare(
+    spared: Option<HashSet<LayerName>>,
+    folder: &Path,
+    error: &str,
+) -> Option<HashSet<LayerName>> {
+    let files = SnapshotFiles::within(folder);
+    let memory = Some(files.memory_map).filter(|map| map.exists());
+    let maps = std::iter::once(files.disk_map).chain(memory);
+    let names: Result<Vec<_>, _> = maps.map(|map| LayeredImage::names_in(&map)).collect();
+    let folder = folder.display();
+    let Ok(names) = names else {
+        warn!(%folder, error, "a snapshot cannot be read: passed over, and no layer is removed");
+        return None;
+    };
+    warn!(%folder, error, "a snapshot cannot be used: passed over");
+    let mut spared = spared?;
+    spared.extend(names.into_iter().flatten());
+    Some(spared)
 }
 
 fn open_source(

@@ -302,6 +302,40 @@ async fn a_damaged_snapshot_is_never_started_and_costs_the_others_nothing() {
 }
 
 #[tokio::test]
+async fn a_snapshot_without_one_of_its_layers_costs_the_others_nothing() {
+    let (rig, scope) = (Rig::new(4).await, Scope::root("test"));
+    let (sandboxes, _) = rig.open(rig.limits(), &scope).await;
+    let mut kept = Vec::new();
+    let mut layers = Vec::new();
+    for _ in 0..2 {
+        let id = rig.created(&sandboxes).await.sandbox_id;
+        rig.write(&id, b"precious");
+        kept.push(sandboxes.pause(&id, order()).await.expect("pause"));
+        let found = std::fs::read_dir(rig.dir.path().join("layers")).expect("its layer");
+        let found = found.map(|entry| entry.expect("readable").path());
+        layers.extend(found.filter(|path| !layers.contains(path)).collect::<Vec<_>>());
+    }
+    assert!(scope.close(PATIENCE).await);
+    drop(sandboxes);
+    let aside = rig.dir.path().join("aside");
+    std::fs::rename(&layers[0], &aside).expect("rename");
+    let scope = Scope::root("test");
+    let (sandboxes, _) = rig.open(rig.limits(), &scope).await;
+    assert_eq!(sandboxes.snapshots(None), [kept[1].clone()]);
+    sandboxes.delete_snapshot(&kept[1].snapshot_id).await.expect("delete");
+    assert_eq!(rig.kept(), (1, 0), "what only the other was made of is gone");
+    assert!(scope.close(PATIENCE).await);
+    drop(sandboxes);
+    std::fs::rename(&aside, &layers[0]).expect("mend it");
+    let scope = Scope::root("test");
+    let (sandboxes, _) = rig.open(rig.limits(), &scope).await;
+    let id = &kept[0].sandbox_id;
+    sandboxes.create(rig.resume(id, &kept[0].snapshot_id)).await.expect("resume");
+    assert_eq!(rig.read(id, 8), b"precious");
+    assert!(scope.close(PATIENCE).await);
+}
+
+#[tokio::test]
 async fn what_is_not_there_cannot_be_kept_and_nothing_is_kept_twice() {
     let (rig, scope) = (Rig::new(4).await, Scope::root("test"));
     let (sandboxes, _) = rig.open(rig.limits(), &scope).await;

@@ -121,6 +121,15 @@ impl LayeredImage {
     pub fn load(path: &Path, store: &LayerStore) -> Result<LayeredImage, LoadError> {
         load(path, store).map_err(|problem| LoadError { path: path.to_owned(), problem })
     }
+
+    /// The layers that the map at `path` names, whether they are there or not.
+    ///
+    /// # Errors
+    /// [`LoadError`]: the map cannot be read.
+    pub fn names_in(path: &Path) -> Result<Vec<LayerName>, LoadError> {
+        let names = read(path).and_then(|bytes| Ok(decode(&bytes)?.1));
+        names.map_err(|problem| LoadError { path: path.to_owned(), problem })
+    }
 }
 
 fn load(path: &Path, store: &LayerStore) -> Result<LayeredImage, MapProblem> {
